@@ -1,0 +1,10 @@
+# C++ tests: test_*.cpp are GoogleTest suites, stress_*.cpp too (the ones meant for TSan).
+find_package(GTest REQUIRED)
+include(GoogleTest)
+file(GLOB test_sources CONFIGURE_DEPENDS csrc/tests/test_*.cpp csrc/tests/stress_*.cpp)
+foreach(source IN LISTS test_sources)
+  cmake_path(GET source STEM name)
+  add_executable(${name} ${source})
+  target_link_libraries(${name} PRIVATE pyruntime_core pyruntime GTest::gtest_main)
+  gtest_discover_tests(${name} DISCOVERY_TIMEOUT 60 PROPERTIES TIMEOUT 300)
+endforeach()

@@ -1,0 +1,5 @@
+/* Every public header of pyruntime. */
+#ifndef PYRUNTIME_H
+#define PYRUNTIME_H
+#include "pyruntime/abi.h"
+#endif

@@ -1,0 +1,1 @@
+"""Native modules: thin bindings of the C ABI, wrapped by the facades one level up."""

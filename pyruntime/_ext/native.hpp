@@ -1,0 +1,18 @@
+// What every binding file shares: status -> Python exception, and one bind function per core.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include "pyruntime/pyruntime.h"
+
+namespace py = pybind11;
+
+namespace pyruntime::bindings {
+
+// Raises the pyruntime.errors class of `status` with this thread's message; PYRT_OK does nothing.
+// The GIL must be held.
+void check(pyrt_status status);
+
+void bind_runtime(py::module_& m);
+
+}  // namespace pyruntime::bindings
