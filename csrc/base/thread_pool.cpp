@@ -82,6 +82,7 @@ void ThreadPool::run(int64_t count, int64_t grain, Function function, void* cont
     std::unique_lock lock(mutex_);
     job_ = nullptr;  // closed: a worker that wakes late finds nothing to join
     left_.wait(lock, [&] { return participants_ == 0; });
+    left_.notify_all();  // a resize may wait for the job to end
   }
   busy_.store(false, std::memory_order_release);
 }
