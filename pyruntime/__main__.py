@@ -1,0 +1,39 @@
+"""Entry point of the `pyruntime` command; only `doctor` works without extras."""
+
+from __future__ import annotations
+
+import sys
+
+from pyruntime import doctor
+
+USAGE = """usage: pyruntime COMMAND
+
+commands:
+  doctor [--json]   what this machine has, and what the runtime falls back to
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line.
+
+    Parameters
+    ----------
+    argv : list of str, optional
+        Arguments without the program's name; those of the process by default.
+
+    Returns
+    -------
+    int
+        Exit status: 0, or 2 for a command line that cannot be understood.
+    """
+    args = sys.argv[1:] if argv is None else argv
+    if args in (["doctor"], ["doctor", "--json"]):
+        report = doctor.examine()
+        print(doctor.as_json(report) if "--json" in args else doctor.as_text(report))
+        return 0
+    print(USAGE, end="", file=sys.stdout if args in (["--help"], ["-h"]) else sys.stderr)
+    return 0 if args in (["--help"], ["-h"]) else 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

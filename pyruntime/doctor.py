@@ -1,0 +1,226 @@
+"""`pyruntime doctor`: what this machine has, and what the runtime falls back to.
+
+Nothing here needs an extra; every probe reports what it saw rather than what is configured.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.metadata
+import json
+import mmap
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyruntime
+from pyruntime._ext import _native
+
+__all__ = ["as_json", "as_text", "examine", "huge_page_probe"]
+
+HUGE_PAGE_BYTES = 2 << 20
+# Distribution -> the extra that installs it.
+OPTIONAL = {
+    "numba": "jit",
+    "cupy-cuda13x": "cuda",
+    "safetensors": "serve",
+    "tokenizers": "serve",
+    "jinja2": "serve",
+    "fastapi": "serve",
+    "uvicorn": "serve",
+    "prometheus-client": "serve",
+}
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text().strip()
+    except OSError:
+        return ""
+
+
+def _first_line(command: list[str]) -> str:
+    if shutil.which(command[0]) is None:
+        return ""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.splitlines()[0] if done.returncode == 0 and done.stdout else ""
+
+
+def huge_page_probe(num_bytes: int = 8 * HUGE_PAGE_BYTES) -> dict[str, Any]:
+    """Ask the kernel for transparent huge pages and look at what it gave.
+
+    Parameters
+    ----------
+    num_bytes : int
+        Bytes to map and touch.
+
+    Returns
+    -------
+    dict
+        ``asked_bytes``, ``huge_bytes`` (from the mapping's own smaps entry) and ``error``, a text
+        that is empty when the advice was accepted.
+    """
+    private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS  # shared memory has a THP switch of its own
+    with mmap.mmap(-1, num_bytes + HUGE_PAGE_BYTES, flags=private) as region:
+        error = ""
+        try:
+            region.madvise(mmap.MADV_HUGEPAGE)
+        except OSError as failure:
+            error = failure.strerror or str(failure)
+        anchor = ctypes.c_char.from_buffer(region)
+        start = ctypes.addressof(anchor)
+        del anchor  # the mapping cannot close while exported
+        for offset in range(0, len(region), mmap.PAGESIZE):
+            region[offset] = 1
+        huge = _huge_bytes_at(start)
+    return {"asked_bytes": num_bytes, "huge_bytes": min(huge, num_bytes), "error": error}
+
+
+def _huge_bytes_at(address: int) -> int:
+    inside = False
+    for line in _read("/proc/self/smaps").splitlines():
+        bounds = re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line)
+        if bounds:
+            inside = int(bounds[1], 16) <= address < int(bounds[2], 16)
+        elif inside and line.startswith("AnonHugePages:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def _cpu() -> dict[str, Any]:
+    model = re.search(r"^model name\s*:\s*(.+)$", _read("/proc/cpuinfo"), re.MULTILINE)
+    return {
+        "model": model[1] if model else platform.processor() or platform.machine(),
+        "architecture": platform.machine(),
+        "simd_detected": _native.simd_detected(),
+        "simd_in_use": _native.simd_level(),
+        "cores_usable": len(os.sched_getaffinity(0)),
+        "cores_online": os.cpu_count() or 1,
+        "threads": _native.threads_size(),
+        "numa_nodes": len(list(Path("/sys/devices/system/node").glob("node[0-9]*"))) or 1,
+    }
+
+
+def _memory() -> dict[str, Any]:
+    modes = re.search(r"\[(\w+)\]", _read("/sys/kernel/mm/transparent_hugepage/enabled"))
+    pools = Path("/sys/kernel/mm/hugepages").glob("hugepages-*kB")
+    return {
+        "page_bytes": mmap.PAGESIZE,
+        "total_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+        "thp_mode": modes[1] if modes else "absent",
+        "thp_probe": huge_page_probe(),
+        "hugetlb_pages": {
+            pool.name.removeprefix("hugepages-"): int(_read(f"{pool}/nr_hugepages") or 0)
+            for pool in sorted(pools)
+        },
+    }
+
+
+def _cuda() -> dict[str, Any]:
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return {"driver": "", "devices": 0, "why": "no CUDA driver (libcuda.so.1) on this machine"}
+    version, count = ctypes.c_int(), ctypes.c_int()
+    status = driver.cuInit(0)
+    if status != 0:
+        return {"driver": "present", "devices": 0, "why": f"cuInit failed with code {status}"}
+    driver.cuDriverGetVersion(ctypes.byref(version))
+    driver.cuDeviceGetCount(ctypes.byref(count))
+    text = f"{version.value // 1000}.{version.value % 1000 // 10}"
+    return {
+        "driver": text,
+        "devices": count.value,
+        "why": "" if count.value else "the driver sees no device",
+    }
+
+
+def _optional() -> dict[str, str]:
+    found = {}
+    for name, extra in OPTIONAL.items():
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = f'absent: pip install "pyruntime[{extra}]"'
+    return found
+
+
+def _fallbacks(cpu: dict[str, Any], memory: dict[str, Any], cuda: dict[str, Any]) -> list[str]:
+    notes = []
+    if cpu["simd_in_use"] != cpu["simd_detected"]:
+        notes.append(f"SIMD: {cpu['simd_in_use']}, lowered by PYRUNTIME_SIMD")
+    elif cpu["simd_in_use"] == "scalar":
+        notes.append("SIMD: scalar code, this CPU has no level we use")
+    probe = memory["thp_probe"]
+    if probe["huge_bytes"] < probe["asked_bytes"]:
+        notes.append(
+            f"memory: {probe['huge_bytes'] >> 20} of {probe['asked_bytes'] >> 20} MiB came as huge "
+            f"pages (THP mode {memory['thp_mode']}), the rest as {memory['page_bytes']}-byte pages"
+        )
+    if cpu["numa_nodes"] == 1:
+        notes.append("NUMA: one node, placement is off")
+    if not cuda["devices"]:
+        notes.append(f"CUDA: CPU only, {cuda['why']}")
+    return notes
+
+
+def examine() -> dict[str, Any]:
+    """Look at the machine.
+
+    Returns
+    -------
+    dict
+        Sections ``versions``, ``cpu``, ``memory``, ``tools``, ``cuda``, ``optional`` and the list
+        ``falls_back_to``; plain JSON types throughout.
+    """
+    cpu, memory, cuda = _cpu(), _memory(), _cuda()
+    return {
+        "versions": {
+            "pyruntime": pyruntime.__version__,
+            "abi": _native.abi_version(),
+            "python": sys.version.split()[0],
+            "numpy": importlib.metadata.version("numpy"),
+            "kernel": platform.release(),
+        },
+        "cpu": cpu,
+        "memory": memory,
+        "tools": {
+            "c++": _first_line([os.environ.get("CXX", "c++"), "--version"]) or "absent",
+            "nvcc": "present" if shutil.which("nvcc") else "absent",
+        },
+        "cuda": cuda,
+        "optional": _optional(),
+        "falls_back_to": _fallbacks(cpu, memory, cuda),
+    }
+
+
+def as_json(report: dict[str, Any]) -> str:
+    """Render a report of `examine` as indented JSON."""
+    return json.dumps(report, indent=2)
+
+
+def as_text(report: dict[str, Any]) -> str:
+    """Render a report of `examine` for a terminal."""
+    lines = []
+    for section, content in report.items():
+        lines.append(section.replace("_", " "))
+        if isinstance(content, list):
+            lines += [f"  {note}" for note in content] or ["  nothing"]
+        else:
+            width = max(len(key) for key in content)
+            lines += [f"  {key:<{width}}  {_flat(value)}" for key, value in content.items()]
+    return "\n".join(lines)
+
+
+def _flat(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_flat(item)}" for key, item in value.items() if item != "")
+    return str(value)
