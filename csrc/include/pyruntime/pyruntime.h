@@ -2,4 +2,5 @@
 #ifndef PYRUNTIME_H
 #define PYRUNTIME_H
 #include "pyruntime/abi.h"
+#include "pyruntime/pool.h"
 #endif

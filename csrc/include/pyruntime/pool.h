@@ -1,0 +1,143 @@
+/* The memory pool: lock-free fixed-size objects on huge pages.
+ *
+ * Threads: get, put and their bulk forms may be called from any thread on any object of the pool.
+ * An object may be put by another thread than the one that got it. create and destroy must not run
+ * beside other calls on the same pool. Objects are not zeroed.
+ */
+#ifndef PYRUNTIME_POOL_H
+#define PYRUNTIME_POOL_H
+
+#include "pyruntime/abi.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef struct pyrt_pool pyrt_pool;
+
+/* pages: what the memory should be made of; every wish falls back to the next one and reports it */
+enum { PYRT_PAGES_AUTO = 0, PYRT_PAGES_THP = 1, PYRT_PAGES_HUGETLB = 2, PYRT_PAGES_4K = 3 };
+/* prefault: when pages are faulted in. Never inside get. */
+enum { PYRT_PREFAULT_NONE = 0, PYRT_PREFAULT_SYNC = 1, PYRT_PREFAULT_BACKGROUND = 2 };
+/* check: what put verifies.
+ *   RANGE  foreign and misaligned pointers (about free)
+ *   STATE  also double release, and writes to a released object's first or last 16 bytes
+ *   GUARD  also an inaccessible page behind each object, and released objects are inaccessible
+ *          (a system call per get and put; no prefault, pages are 4 KiB) */
+enum { PYRT_CHECK_RANGE = 0, PYRT_CHECK_STATE = 1, PYRT_CHECK_GUARD = 2 };
+/* fork: what a forked child sees. COW: its own copy. EXCLUDE: no memory, calls give PYRT_ESTATE. */
+enum { PYRT_FORK_COW = 0, PYRT_FORK_EXCLUDE = 1 };
+
+typedef struct pyrt_pool_options {
+  uint32_t struct_size;
+  uint32_t pages;         /* PYRT_PAGES_... */
+  uint32_t prefault;      /* PYRT_PREFAULT_... */
+  uint32_t check;         /* PYRT_CHECK_... */
+  uint32_t fork;          /* PYRT_FORK_... */
+  int32_t node;           /* preferred NUMA node, -1 for none */
+  uint64_t object_bytes;  /* 1 .. 2^30 */
+  uint64_t align;         /* power of two up to 2 MiB; 0: natural, and coloured against cache-set
+                             conflicts (the stride is then no power of two) */
+  uint64_t capacity;      /* objects, 1 .. 2^40 */
+  uint64_t max_capacity;  /* the pool grows up to this many; 0: capacity (it does not grow) */
+  uint32_t cache_objects; /* objects a thread may keep, in two magazines of half of it: 2 .. 512;
+                             0: chosen so that one thread per core keeps at most 1/4 of the pool */
+  uint32_t reserved;
+} pyrt_pool_options;
+
+typedef struct pyrt_pool_statistics {
+  uint32_t struct_size;
+  uint32_t num_caches;      /* thread caches in use */
+  uint64_t capacity;        /* objects the pool may hand out without growing */
+  uint64_t in_use;          /* objects handed out (exact when no call is in flight) */
+  uint64_t cached;          /* free objects in thread caches */
+  uint64_t depot;           /* free objects shared by all threads, the untouched ones included */
+  uint64_t gets;            /* objects handed out so far */
+  uint64_t puts;            /* objects taken back so far */
+  uint64_t refills;         /* magazine exchanges with the depot to get */
+  uint64_t spills;          /* magazine exchanges with the depot to put */
+  uint64_t failures;        /* gets refused because the pool was exhausted */
+  uint64_t steals;          /* magazines taken from another thread's cache at exhaustion */
+  uint64_t grows;           /* units committed after creation */
+  uint64_t trims;           /* units given back */
+  uint64_t fallbacks;       /* wishes for pages or nodes that were refused */
+  uint64_t overwrites;      /* released objects found modified (PYRT_CHECK_STATE and above) */
+  uint64_t lost_in_fork;    /* caches that a fork caught in mid exchange; their objects are lost */
+  uint64_t committed_bytes; /* address space made usable */
+  uint64_t huge_bytes;      /* of it, on huge pages now; read from smaps, so it costs ~1 ms */
+} pyrt_pool_statistics;
+
+/* Fills defaults: no prefault, range checks, copy-on-write fork, any node, sizes 0. */
+PYRT_API void pyrt_pool_options_init(pyrt_pool_options* options) PYRT_NOEXCEPT;
+
+/* Creates a pool. PYRT_EINVAL names the option; PYRT_ENOMEM when the memory is not to be had. */
+PYRT_API pyrt_status pyrt_pool_create(const pyrt_pool_options* options,
+                                      pyrt_pool** out) PYRT_NOEXCEPT;
+
+/* Destroys a pool and unmaps its memory. PYRT_ESTATE with the count while objects are out, unless
+ * `force`; the pool then lives on unchanged. */
+PYRT_API pyrt_status pyrt_pool_destroy(pyrt_pool* pool, int32_t force) PYRT_NOEXCEPT;
+
+/* One object, or NULL when the pool is exhausted (then pyrt_last_error() is not touched), the pool
+ * is NULL, or the pool is excluded from this forked child. */
+PYRT_API void* pyrt_pool_get(pyrt_pool* pool) PYRT_NOEXCEPT;
+
+/* Takes an object back. PYRT_EINVAL for a pointer that is no object of the pool; PYRT_ESTATE for a
+ * double release (with PYRT_CHECK_STATE). The pool is unchanged then. */
+PYRT_API pyrt_status pyrt_pool_put(pyrt_pool* pool, void* object) PYRT_NOEXCEPT;
+
+/* Gets n objects, all or none: PYRT_EFULL when fewer are to be had. n may be 0. */
+PYRT_API pyrt_status pyrt_pool_get_bulk(pyrt_pool* pool, void** out, size_t n) PYRT_NOEXCEPT;
+
+/* Takes n objects back, all or none, with the checks of pyrt_pool_put for each. */
+PYRT_API pyrt_status pyrt_pool_put_bulk(pyrt_pool* pool, void* const* objects,
+                                        size_t n) PYRT_NOEXCEPT;
+
+/* The same with indices 0 .. max_capacity - 1, the handles of array-minded callers. */
+PYRT_API pyrt_status pyrt_pool_get_indices(pyrt_pool* pool, uint32_t* out, size_t n) PYRT_NOEXCEPT;
+PYRT_API pyrt_status pyrt_pool_put_indices(pyrt_pool* pool, const uint32_t* indices,
+                                           size_t n) PYRT_NOEXCEPT;
+
+/* Address of object `index`, NULL if out of range or not committed yet. */
+PYRT_API void* pyrt_pool_ptr_of(const pyrt_pool* pool, uint64_t index) PYRT_NOEXCEPT;
+/* Index of an object's address, -1 if it is none of this pool. */
+PYRT_API int64_t pyrt_pool_index_of(const pyrt_pool* pool, const void* object) PYRT_NOEXCEPT;
+
+/* Geometry, for registration with devices: object i starts at
+ * base + (i / per_unit) * unit_bytes + (i % per_unit) * stride. */
+typedef struct pyrt_pool_layout {
+  uint32_t struct_size;
+  uint32_t per_unit;
+  void* base;
+  uint64_t object_bytes;
+  uint64_t stride;
+  uint64_t unit_bytes;
+  uint64_t committed_bytes;
+  uint64_t max_capacity;
+} pyrt_pool_layout;
+PYRT_API pyrt_status pyrt_pool_get_layout(const pyrt_pool* pool,
+                                          pyrt_pool_layout* layout) PYRT_NOEXCEPT;
+
+/* Faults in all committed memory now and asks for huge pages where they are missing.
+ * PYRT_ENOMEM when the system stops it (a memory limit); what was faulted in stays. */
+PYRT_API pyrt_status pyrt_pool_prefault(pyrt_pool* pool) PYRT_NOEXCEPT;
+
+/* Gives whole free units back to the system; `released_bytes` may be NULL. Drains every thread's
+ * cache, so it is for quiet moments. */
+PYRT_API pyrt_status pyrt_pool_trim(pyrt_pool* pool, uint64_t* released_bytes) PYRT_NOEXCEPT;
+
+/* Returns the calling thread's cached objects to the depot. */
+PYRT_API pyrt_status pyrt_pool_flush_thread(pyrt_pool* pool) PYRT_NOEXCEPT;
+
+/* Statistics; fields beyond the caller's struct_size are not written. */
+PYRT_API pyrt_status pyrt_pool_get_statistics(pyrt_pool* pool,
+                                              pyrt_pool_statistics* statistics) PYRT_NOEXCEPT;
+
+/* Walks every free object of a pool at rest: each in range and once, and
+ * capacity = in_use + cached + depot. PYRT_ECORRUPT says what is wrong. */
+PYRT_API pyrt_status pyrt_pool_check(pyrt_pool* pool) PYRT_NOEXCEPT;
+
+#ifdef __cplusplus
+}
+#endif
+#endif
