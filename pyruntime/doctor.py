@@ -20,6 +20,7 @@ from typing import Any
 
 import pyruntime
 from pyruntime._ext import _native
+from pyruntime.pool import Pool
 
 __all__ = ["as_json", "as_text", "examine", "huge_page_probe"]
 
@@ -54,45 +55,22 @@ def _first_line(command: list[str]) -> str:
     return done.stdout.splitlines()[0] if done.returncode == 0 and done.stdout else ""
 
 
-def huge_page_probe(num_bytes: int = 8 * HUGE_PAGE_BYTES) -> dict[str, Any]:
-    """Ask the kernel for transparent huge pages and look at what it gave.
+def huge_page_probe(num_bytes: int = 8 * HUGE_PAGE_BYTES) -> dict[str, int]:
+    """Make a memory pool on huge pages and look at what the kernel gave it.
 
     Parameters
     ----------
     num_bytes : int
-        Bytes to map and touch.
+        Bytes to commit and fault in.
 
     Returns
     -------
     dict
-        ``asked_bytes``, ``huge_bytes`` (from the mapping's own smaps entry) and ``error``, a text
-        that is empty when the advice was accepted.
+        ``asked_bytes`` and ``huge_bytes``, which is read from smaps.
     """
-    private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS  # shared memory has a THP switch of its own
-    with mmap.mmap(-1, num_bytes + HUGE_PAGE_BYTES, flags=private) as region:
-        error = ""
-        try:
-            region.madvise(mmap.MADV_HUGEPAGE)
-        except OSError as failure:
-            error = failure.strerror or str(failure)
-        anchor = ctypes.c_char.from_buffer(region)
-        start = ctypes.addressof(anchor)
-        del anchor  # the mapping cannot close while exported
-        for offset in range(0, len(region), mmap.PAGESIZE):
-            region[offset] = 1
-        huge = _huge_bytes_at(start)
-    return {"asked_bytes": num_bytes, "huge_bytes": min(huge, num_bytes), "error": error}
-
-
-def _huge_bytes_at(address: int) -> int:
-    inside = False
-    for line in _read("/proc/self/smaps").splitlines():
-        bounds = re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line)
-        if bounds:
-            inside = int(bounds[1], 16) <= address < int(bounds[2], 16)
-        elif inside and line.startswith("AnonHugePages:"):
-            return int(line.split()[1]) * 1024
-    return 0
+    with Pool(4096, num_bytes // 4096, align=4096, prefault="sync") as pool:
+        stats = pool.stats()
+        return {"asked_bytes": stats["committed_bytes"], "huge_bytes": stats["huge_bytes"]}
 
 
 def _cpu() -> dict[str, Any]:

@@ -20,6 +20,7 @@ PYTHON = {
     "errors": set(),
     "_ext": BASIC,
     "": BASIC,
+    "policy": BASIC,
     "doctor": {*BASIC, "gpu", "pool"},
     "__main__": {"doctor", "serve"},
     **dict.fromkeys(FACADES, BASIC | {"gpu", "policy", "pool"}),

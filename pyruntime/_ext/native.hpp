@@ -14,5 +14,6 @@ namespace pyruntime::bindings {
 void check(pyrt_status status);
 
 void bind_runtime(py::module_& m);
+void bind_pool(py::module_& m);
 
 }  // namespace pyruntime::bindings
