@@ -1,9 +1,9 @@
 // SIMD level of this process: detected once, lowered by PYRUNTIME_SIMD, read by every kernel table.
 //
-// Kernel families are one template over an ISA-traits type, instantiated in functions that carry
-// the matching target attribute, and reached through a table filled at first use. There is no
-// -march=native, no per-file ISA flag (an inline std function compiled for AVX-512 could be the
-// copy the linker keeps) and no target_clones (its resolver runs before the sanitizer run time).
+// Kernel families are written once over ISA traits, compiled once per level under a target pragma,
+// and reached through a table filled at first use. There is no -march=native, no per-file ISA flag
+// (an inline std function compiled for AVX-512 could be the copy the linker keeps; the pragma opens
+// after the last standard header) and no target_clones (its resolver runs before the sanitizers).
 #pragma once
 
 namespace pyruntime::simd {

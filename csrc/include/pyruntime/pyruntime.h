@@ -2,5 +2,6 @@
 #ifndef PYRUNTIME_H
 #define PYRUNTIME_H
 #include "pyruntime/abi.h"
+#include "pyruntime/ops.h"
 #include "pyruntime/pool.h"
 #endif

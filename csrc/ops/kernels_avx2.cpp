@@ -1,0 +1,30 @@
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include "ops/kernels.hpp"
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#endif
+
+namespace pyruntime::ops {
+namespace {
+#include "ops/vec_avx2.hpp"
+//
+#include "ops/kernels.inc.hpp"
+}  // namespace
+
+const Kernels kAvx2Kernels = {linear, rms_norm, silu_mul, combine, dot_run,   weighted_run,
+                              max_of, exp_sum,  scale_by, sum_exp, exp_scaled};
+
+}  // namespace pyruntime::ops
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif

@@ -1,0 +1,31 @@
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include "ops/kernels.hpp"
+
+#if defined(__clang__)
+#pragma clang attribute push( \
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
+#endif
+
+namespace pyruntime::ops {
+namespace {
+#include "ops/vec_avx512.hpp"
+//
+#include "ops/kernels.inc.hpp"
+}  // namespace
+
+const Kernels kAvx512Kernels = {linear, rms_norm, silu_mul, combine, dot_run,   weighted_run,
+                                max_of, exp_sum,  scale_by, sum_exp, exp_scaled};
+
+}  // namespace pyruntime::ops
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif
