@@ -14,7 +14,7 @@ NATIVE = {
     **{core: {core, "pool", "base", "simd", "pyruntime"} for core in CORES},
 }
 # module or package of pyruntime -> what it may import of pyruntime besides itself
-FACADES = {"pool", "filter", "kv", "moe", "vector"}
+FACADES = {"pool", "filter", "kv", "moe", "ops", "vector"}
 BASIC = {"errors", "log", "metrics", "config", "_ext", ""}
 PYTHON = {
     "errors": set(),
@@ -23,7 +23,7 @@ PYTHON = {
     "policy": BASIC,
     "doctor": {*BASIC, "gpu", "pool"},
     "__main__": {"doctor", "serve"},
-    **dict.fromkeys(FACADES, BASIC | {"gpu", "policy", "pool"}),
+    **dict.fromkeys(FACADES, BASIC | {"gpu", "policy", "pool", "ops"}),
     "sched": {*BASIC, *FACADES} - {"_ext"},
     "engine": {*BASIC, *FACADES, "sched", "gpu"},
     "serve": {*BASIC, "engine", "sched", "models", "doctor"},

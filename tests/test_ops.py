@@ -10,9 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pyruntime
-from pyruntime import errors
+from pyruntime import errors, ops
 from pyruntime._ext import _native
-from pyruntime.engine import ops
 
 RNG = np.random.default_rng
 
@@ -359,7 +358,7 @@ def test_bad_sampling_parameters_are_refused(values):
 
 DIGEST = """
 import hashlib, numpy as np
-from pyruntime.engine import ops
+from pyruntime import ops
 rng = np.random.default_rng(8)
 f = lambda *s: rng.standard_normal(s).astype(np.float32)
 digest = hashlib.sha256()

@@ -1,0 +1,281 @@
+"""Weights: Hugging Face ``safetensors`` files, sharded or not, into float32 arrays.
+
+Every tensor's shape is checked against the configuration before it is read, and a file's header
+against its length, so that a truncated or lying checkpoint is refused with the name of what is
+wrong. The library's numpy reader has no bfloat16, so it gives the places and we read the bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+from numpy.typing import NDArray
+
+from pyruntime.engine.config import ModelConfig
+from pyruntime.errors import CorruptDataError, NotFoundError, UnsupportedError
+
+__all__ = ["Checkpoint", "LayerWeights", "Weights", "load_weights"]
+
+Floats = NDArray[np.float32]
+Progress = Callable[[int, int], None]
+
+_DTYPES: dict[str, np.dtype[Any]] = {
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype("<u2"),
+}
+_BITS = {
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0"), 8),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16),
+    **dict.fromkeys(("U32", "I32", "F32"), 32),
+    **dict.fromkeys(("U64", "I64", "F64"), 64),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    size: int
+
+
+class Checkpoint:
+    """The tensors of a model directory by name; a tensor is read when it is asked for.
+
+    Parameters
+    ----------
+    directory : path
+        Holds ``model.safetensors``, or shards with ``model.safetensors.index.json``.
+
+    Raises
+    ------
+    pyruntime.errors.NotFoundError
+        There is no such file.
+    pyruntime.errors.CorruptDataError
+        A file is not valid or not whole.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        directory = Path(directory)
+        index = directory / "model.safetensors.index.json"
+        single = directory / "model.safetensors"
+        self._entries: dict[str, _Entry] = {}
+        if index.exists():
+            try:
+                names: dict[str, str] = json.loads(index.read_text())["weight_map"]
+                shards = sorted(set(names.values()))
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise CorruptDataError(f"{index} is not a shard index: {error}") from None
+            for shard in shards:
+                if Path(shard).name != shard:
+                    raise CorruptDataError(f"{index} names a shard outside its folder: {shard!r}")
+                self._read_header(directory / shard)
+            if missing := [name for name in names if name not in self._entries]:
+                raise CorruptDataError(f"{index} promises {missing[0]!r}, which no shard holds")
+        elif single.exists():
+            self._read_header(single)
+        else:
+            raise NotFoundError(f"{directory} holds no model.safetensors and no shard index")
+
+    def _read_header(self, path: Path) -> None:
+        if not path.exists():
+            raise NotFoundError(f"{path} does not exist")
+        try:
+            # The library validates the header: sizes, order, no gaps, the file's length.
+            with safetensors.safe_open(path, framework="numpy") as file, path.open("rb") as raw:
+                offset = 8 + int.from_bytes(raw.read(8), "little")
+                for name in file.offset_keys():
+                    part = file.get_slice(name)
+                    dtype, shape = part.get_dtype(), tuple(part.get_shape())
+                    size = math.prod(shape) * _BITS[dtype] // 8
+                    self._entries[name] = _Entry(path, dtype, shape, offset, size)
+                    offset += size
+        except (safetensors.SafetensorError, KeyError, OSError) as error:
+            raise CorruptDataError(f"{path} is not a whole safetensors file: {error}") from None
+
+    def read(self, name: str, shape: tuple[int, ...], out: Floats | None = None) -> Floats:
+        """Read one tensor as float32.
+
+        Raises
+        ------
+        pyruntime.errors.CorruptDataError
+            It is missing, has another shape, or could not be read whole.
+        pyruntime.errors.UnsupportedError
+            Its dtype is not F32, F16 or BF16.
+        """
+        entry = self._entries.get(name)
+        if entry is None:
+            raise CorruptDataError(f"the checkpoint has no tensor {name!r}")
+        if entry.shape != shape:
+            raise CorruptDataError(
+                f"{entry.path}: {name!r} has shape {list(entry.shape)}; the config says "
+                f"{list(shape)}"
+            )
+        if entry.dtype not in _DTYPES:
+            raise UnsupportedError(
+                f"{entry.path}: {name!r} is {entry.dtype}; supported are {', '.join(_DTYPES)}"
+            )
+        with entry.path.open("rb") as file:
+            file.seek(entry.offset)
+            data = file.read(entry.size)
+        if len(data) != entry.size:
+            raise CorruptDataError(f"{entry.path} shrank while {name!r} was read")
+        raw = np.frombuffer(data, _DTYPES[entry.dtype]).reshape(shape)
+        if out is None:
+            out = np.empty(shape, np.float32)
+        if entry.dtype == "BF16":
+            np.left_shift(raw, 16, out=out.view(np.uint32), dtype=np.uint32, casting="unsafe")
+        else:
+            out[...] = raw
+        return out
+
+
+@dataclass(slots=True)
+class LayerWeights:
+    """Dense weights of one layer; the experts belong to the expert backend."""
+
+    attention_norm: Floats
+    ffn_norm: Floats
+    qkv: Floats
+    """[(heads + 2 * kv_heads) * head_dim, hidden]"""
+    qkv_bias: Floats | None
+    out: Floats
+    out_bias: Floats | None
+    q_norm: Floats | None
+    k_norm: Floats | None
+    router: Floats | None
+    """None in a dense layer."""
+    dense: tuple[Floats, Floats, Floats] | None
+    """Gate, up and down of a dense layer, or of the shared expert."""
+    shared_gate: Floats | None
+
+
+@dataclass(slots=True)
+class Weights:
+    """All weights of a model."""
+
+    embedding: Floats
+    norm: Floats
+    head: Floats
+    layers: list[LayerWeights]
+    experts: dict[int, tuple[Floats, Floats, Floats]]
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes of everything but the experts."""
+        parts: list[Any] = [self.embedding, self.norm]
+        if self.head is not self.embedding:
+            parts.append(self.head)
+        for layer in self.layers:
+            for name in LayerWeights.__slots__:
+                value = getattr(layer, name)
+                parts.extend(value if isinstance(value, tuple) else [value])
+        return sum(part.nbytes for part in parts if part is not None)
+
+
+def load_weights(
+    directory: str | Path, config: ModelConfig, progress: Progress | None = None
+) -> Weights:
+    """Load a model's weights.
+
+    Parameters
+    ----------
+    directory : path
+    config : ModelConfig
+    progress : callable, optional
+        Called with (layers done, layers) after each layer.
+
+    Raises
+    ------
+    pyruntime.errors.CorruptDataError, NotFoundError, UnsupportedError
+        See `Checkpoint`.
+    """
+    checkpoint = Checkpoint(directory)
+    c = config
+    d = c.hidden
+    embedding = checkpoint.read("model.embed_tokens.weight", (c.vocab_size, d))
+    head = embedding
+    if not c.tied:
+        head = checkpoint.read("lm_head.weight", (c.vocab_size, d))
+    layers: list[LayerWeights] = []
+    experts: dict[int, tuple[Floats, Floats, Floats]] = {}
+    for index in range(c.num_layers):
+        layers.append(_layer(checkpoint, c, index))
+        if c.sparse[index]:
+            experts[index] = _experts(checkpoint, c, index)
+        if progress is not None:
+            progress(index + 1, c.num_layers)
+    norm = checkpoint.read("model.norm.weight", (d,))
+    return Weights(embedding, norm, head, layers, experts)
+
+
+def _layer(checkpoint: Checkpoint, c: ModelConfig, index: int) -> LayerWeights:
+    prefix, d = f"model.layers.{index}", c.hidden
+    q, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
+    attention = f"{prefix}.self_attn"
+    qkv = np.empty((q + 2 * kv, d), np.float32)
+    bias = np.empty(q + 2 * kv, np.float32) if c.qkv_bias else None
+    first = 0
+    for name, rows in (("q", q), ("k", kv), ("v", kv)):
+        part = slice(first, first + rows)
+        checkpoint.read(f"{attention}.{name}_proj.weight", (rows, d), qkv[part])
+        if bias is not None:
+            checkpoint.read(f"{attention}.{name}_proj.bias", (rows,), bias[part])
+        first += rows
+    q_norm = k_norm = None
+    if c.qk_norm != "none":
+        full = c.qk_norm == "full"
+        q_norm = checkpoint.read(f"{attention}.q_norm.weight", (q if full else c.head_dim,))
+        k_norm = checkpoint.read(f"{attention}.k_norm.weight", (kv if full else c.head_dim,))
+    mlp = f"{prefix}.{'block_sparse_moe' if c.architecture.startswith('Mixtral') else 'mlp'}"
+    dense = shared_gate = router = None
+    if c.sparse[index]:
+        router = checkpoint.read(f"{mlp}.gate.weight", (c.num_experts, d))
+        if c.shared_ffn:
+            dense = _mlp(checkpoint, f"{mlp}.shared_expert", d, c.shared_ffn)
+            shared_gate = checkpoint.read(f"{mlp}.shared_expert_gate.weight", (1, d))
+    else:
+        dense = _mlp(checkpoint, mlp, d, c.dense_ffn)
+    return LayerWeights(
+        checkpoint.read(f"{prefix}.input_layernorm.weight", (d,)),
+        checkpoint.read(f"{prefix}.post_attention_layernorm.weight", (d,)),
+        qkv,
+        bias,
+        checkpoint.read(f"{attention}.o_proj.weight", (d, q)),
+        checkpoint.read(f"{attention}.o_proj.bias", (d,)) if c.out_bias else None,
+        q_norm,
+        k_norm,
+        router,
+        dense,
+        shared_gate,
+    )
+
+
+def _mlp(checkpoint: Checkpoint, prefix: str, d: int, f: int) -> tuple[Floats, Floats, Floats]:
+    return (
+        checkpoint.read(f"{prefix}.gate_proj.weight", (f, d)),
+        checkpoint.read(f"{prefix}.up_proj.weight", (f, d)),
+        checkpoint.read(f"{prefix}.down_proj.weight", (d, f)),
+    )
+
+
+def _experts(checkpoint: Checkpoint, c: ModelConfig, index: int) -> tuple[Floats, Floats, Floats]:
+    e, d, f = c.num_experts, c.hidden, c.expert_ffn
+    mixtral = c.architecture.startswith("Mixtral")
+    prefix = f"model.layers.{index}.{'block_sparse_moe' if mixtral else 'mlp'}.experts"
+    names = ("w1", "w3", "w2") if mixtral else ("gate_proj", "up_proj", "down_proj")
+    shapes = ((f, d), (f, d), (d, f))
+    parts = [np.empty((e, *shape), np.float32) for shape in shapes]
+    for expert in range(e):
+        for name, shape, part in zip(names, shapes, parts, strict=True):
+            checkpoint.read(f"{prefix}.{expert}.{name}.weight", shape, part[expert])
+    return parts[0], parts[1], parts[2]

@@ -1,0 +1,31 @@
+"""Scheduling for LLM serving: events in, step plans out."""
+
+from pyruntime.sched.core import PRESETS, Explanation, Policy, Scheduler, preset
+from pyruntime.sched.model import Request, Resources, State
+from pyruntime.sched.parts import (
+    ChunkedPrefill,
+    Fcfs,
+    LayeredPrefill,
+    PromptFits,
+    TailRecompute,
+)
+from pyruntime.sched.plan import Preempt, StepPlan, make_plan
+
+__all__ = [
+    "PRESETS",
+    "ChunkedPrefill",
+    "Explanation",
+    "Fcfs",
+    "LayeredPrefill",
+    "Policy",
+    "Preempt",
+    "PromptFits",
+    "Request",
+    "Resources",
+    "Scheduler",
+    "State",
+    "StepPlan",
+    "TailRecompute",
+    "make_plan",
+    "preset",
+]
