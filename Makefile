@@ -9,7 +9,7 @@ SOURCES := $(shell find csrc cuda cmake pyruntime/_ext CMakeLists.txt setup.py p
 
 serve: $(VENV)/serve.stamp
 	$(BIN)/pyruntime doctor
-	$(BIN)/python examples/pool.py
+	$(BIN)/pyruntime serve
 
 test: $(VENV)/test.stamp
 	$(BIN)/python -m pytest

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from pyruntime import errors
 from pyruntime._ext import _native
 
-__all__ = ["__version__", "errors", "set_num_threads"]
+if TYPE_CHECKING:
+    from pyruntime.engine.llm import LLM
+
+__all__ = ["LLM", "__version__", "errors", "set_num_threads"]
 
 __version__ = _native.version()
 
@@ -31,3 +36,11 @@ def set_num_threads(size: int) -> None:
         `size` is out of range; the pool is unchanged.
     """
     _native.threads_resize(size)
+
+
+def __getattr__(name: str) -> Any:
+    if name == "LLM":  # imported on use: it needs the extra `serve`
+        from pyruntime.engine.llm import LLM
+
+        return LLM
+    raise AttributeError(f"module 'pyruntime' has no attribute {name!r}")

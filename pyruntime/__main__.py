@@ -1,4 +1,4 @@
-"""Entry point of the `pyruntime` command; only `doctor` works without extras."""
+"""Entry point of the `pyruntime` command; `doctor` works without extras."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ from pyruntime import doctor
 USAGE = """usage: pyruntime COMMAND
 
 commands:
+  serve [MODEL]     serve a model over the OpenAI API (without MODEL, the one that ships)
+  generate PROMPT   continue a text
   doctor [--json]   what this machine has, and what the runtime falls back to
+
+`pyruntime COMMAND --help` lists the options.
 """
 
 
@@ -31,6 +35,16 @@ def main(argv: list[str] | None = None) -> int:
         report = doctor.examine()
         print(doctor.as_json(report) if "--json" in args else doctor.as_text(report))
         return 0
+    if args and args[0] in ("serve", "generate"):
+        try:
+            from pyruntime.serve import cli
+        except ModuleNotFoundError as error:
+            print(
+                f'`pyruntime {args[0]}` needs {error.name}: pip install "pyruntime[serve]"',
+                file=sys.stderr,
+            )
+            return 1
+        return cli.main(args)
     print(USAGE, end="", file=sys.stdout if args in (["--help"], ["-h"]) else sys.stderr)
     return 0 if args in (["--help"], ["-h"]) else 2
 

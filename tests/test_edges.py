@@ -19,13 +19,13 @@ BASIC = {"errors", "log", "metrics", "config", "_ext", ""}
 PYTHON = {
     "errors": set(),
     "_ext": BASIC,
-    "": BASIC,
+    "": BASIC | {"engine"},  # the package offers `LLM`, imported when it is first used
     "policy": BASIC,
     "doctor": {*BASIC, "gpu", "pool"},
     "__main__": {"doctor", "serve"},
     **dict.fromkeys(FACADES, BASIC | {"gpu", "policy", "pool", "ops"}),
     "sched": {*BASIC, *FACADES} - {"_ext"},
-    "engine": {*BASIC, *FACADES, "sched", "gpu"},
+    "engine": {*BASIC, *FACADES, "sched", "gpu", "models"},
     "serve": {*BASIC, "engine", "sched", "models", "doctor"},
     "models": BASIC,
 }

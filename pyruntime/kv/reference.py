@@ -74,6 +74,10 @@ class ReferenceBlockPool:
         self._sequences[request] = _Sequence([], self.blocks_for(reserve))
         return 0
 
+    def knows(self, request: int) -> bool:
+        """Whether the request was admitted and not freed since."""
+        return request in self._sequences
+
     def held(self, request: int) -> int:
         """Return the blocks of a request; 0 for an unknown one."""
         sequence = self._sequences.get(request)

@@ -259,6 +259,11 @@ class Scheduler:
         if request := self.requests.get(request_id):
             self._end(request, state)
 
+    def plan_dropped(self, plan: StepPlan) -> None:
+        """Account for a plan that was stopped and will not be resumed; nothing of it counts."""
+        if self._plan is not None and plan.id == self._plan.id:
+            self._plan = None
+
     def engine_error(self, plan: StepPlan) -> int | None:
         """Account for a plan that raised; nothing of it counts.
 
@@ -434,11 +439,11 @@ class Scheduler:
             "partition",
             lambda: self.policy.partition.cut(prefilling, len(decode), self.resources, take),
         )
-        known = {r.id: r for r in self.running}
+        known = {r.id: r for r in self.running if r.state is State.PREFILL}
         good = [
             piece
             for piece in pieces
-            if (r := known.get(piece[0])) is not None
+            if (r := known.pop(piece[0], None)) is not None  # popped: one piece per request
             and r.computed == piece[1] < piece[2] <= r.known
             and r.layer_done == piece[3] < piece[4] <= self.resources.num_layers
         ]

@@ -1,0 +1,267 @@
+"""A model as a library: text in, text out."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pyruntime.engine.client import ThreadClient
+from pyruntime.engine.config import ModelConfig
+from pyruntime.engine.loader import Progress
+from pyruntime.engine.loop import EngineLoop
+from pyruntime.engine.messages import Delta, Submit, TokenLogprobs
+from pyruntime.engine.runner import Engine
+from pyruntime.engine.sampling import SamplingParams
+from pyruntime.engine.text import StopStrings, Tokenizer
+from pyruntime.errors import CapacityError, Error, InternalError, InvalidArgumentError
+from pyruntime.kv import ReferenceBlockPool
+from pyruntime.sched import preset
+
+__all__ = ["LLM", "Completion", "make_loop"]
+
+BLOCK_SIZE = 16
+
+
+def make_loop(
+    model: str | Path,
+    *,
+    policy: str = "fcfs",
+    kv_bytes: int = 1 << 30,
+    max_running: int = 64,
+    max_queued: int = 1024,
+    progress: Progress | None = None,
+) -> EngineLoop:
+    """Load a model and everything that serves it.
+
+    Parameters
+    ----------
+    model : path
+        A Hugging Face model directory.
+    policy : {"fcfs", "layered"}
+    kv_bytes : int, default 1 GiB
+        Upper limit of the KV cache; no more than `max_running` full contexts is taken.
+    max_running, max_queued : int
+    progress : callable, optional
+        Called with (layers loaded, layers).
+    """
+    config = ModelConfig.load(model)
+    block_bytes = config.num_layers * 2 * BLOCK_SIZE * config.kv_heads * config.head_dim * 4
+    useful = max_running * -(-config.max_len // BLOCK_SIZE)
+    num_blocks = min(useful, kv_bytes // block_bytes)
+    if num_blocks < 1:
+        raise InvalidArgumentError(f"kv_bytes is {kv_bytes}; one block takes {block_bytes} bytes")
+    chosen = preset(policy)
+    engine = Engine.load(model, num_blocks, BLOCK_SIZE, progress)
+    pool = ReferenceBlockPool(num_blocks, BLOCK_SIZE, config.num_layers)
+    return EngineLoop(engine, pool, chosen, max_running=max_running, max_queued=max_queued)
+
+
+@dataclass
+class Completion:
+    """What was generated for one prompt."""
+
+    text: str
+    tokens: list[int]
+    finish_reason: str
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+
+
+class LLM:
+    """A model that generates text in this process.
+
+    Parameters
+    ----------
+    model : path, optional
+        A Hugging Face model directory; the model that ships with pyruntime by default.
+    policy, kv_bytes, max_running, progress
+        See `make_loop`.
+
+    Examples
+    --------
+    >>> from pyruntime import LLM
+    >>> llm = LLM()
+    >>> len(llm.generate(["The list is"], max_tokens=4)[0].tokens)
+    4
+    """
+
+    def __init__(
+        self,
+        model: str | Path | None = None,
+        *,
+        policy: str = "fcfs",
+        kv_bytes: int = 1 << 30,
+        max_running: int = 64,
+        progress: Progress | None = None,
+    ) -> None:
+        if model is None:
+            from pyruntime.models import shipped
+
+            model = shipped()
+        self.tokenizer = Tokenizer(model)
+        self.loop = make_loop(
+            model, policy=policy, kv_bytes=kv_bytes, max_running=max_running, progress=progress
+        )
+        self._ids = itertools.count()
+        self._client: ThreadClient | None = None
+
+    def generate(
+        self,
+        prompts: str | Sequence[str | Sequence[int]],
+        params: SamplingParams | None = None,
+        *,
+        max_tokens: int = 16,
+        stop: Sequence[str] = (),
+        ignore_eos: bool = False,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[Completion]:
+        """Continue prompts, all in one batch.
+
+        Parameters
+        ----------
+        prompts : str, or sequence of str or of tokens
+        params : SamplingParams, optional
+            Greedy by default.
+        max_tokens : int, default 16
+            Per prompt.
+        stop : sequence of str
+            Strings that end a completion and are left out of it.
+        ignore_eos : bool, default False
+            Go on after the model's end token.
+        progress : callable, optional
+            Called with (prompts done, prompts) about once a second.
+
+        Returns
+        -------
+        list of Completion
+            In the order of `prompts`.
+
+        Raises
+        ------
+        pyruntime.errors.InvalidArgumentError
+            A prompt or parameter cannot be used; nothing was generated.
+        pyruntime.errors.StateError
+            `stream` is in use: the engine then belongs to its thread.
+        """
+        if self._client is not None:
+            raise InvalidArgumentError("generate() cannot run beside stream(); use another LLM")
+        given = [prompts] if isinstance(prompts, str) else list(prompts)
+        states: dict[str, _Completing] = {}
+        waiting = []
+        for prompt in given:
+            submit = self._submit(prompt, params, max_tokens, ignore_eos)
+            states[submit.id] = _Completing(self.tokenizer, stop)
+            waiting.append(submit)
+        waiting.reverse()
+        batch = 2 * self.loop.scheduler.resources.max_running
+        done, told = 0, time.monotonic()
+        try:
+            while waiting or self.loop.busy:
+                while waiting and self.loop.num_live < batch:
+                    accepted = self.loop.submit(waiting.pop())
+                    if accepted.finish_reason:
+                        raise _error_of(accepted)
+                for delta in self.loop.step():
+                    state = states[delta.id]
+                    if delta.error:
+                        raise _error_of(delta)
+                    if state.feed(delta) and delta.finish_reason is None:
+                        self.loop.abort(delta.id)
+                    done += state.completion.finish_reason != ""
+                if progress is not None and time.monotonic() - told >= 1:
+                    told = time.monotonic()
+                    progress(done, len(given))
+        except BaseException:
+            for request_id in states:
+                self.loop.abort(request_id)
+            raise
+        return [state.completion for state in states.values()]
+
+    async def stream(
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams | None = None,
+        *,
+        max_tokens: int = 16,
+        stop: Sequence[str] = (),
+        ignore_eos: bool = False,
+    ) -> AsyncIterator[str]:
+        """Continue one prompt, yielding text as it comes; many streams share the engine's thread.
+
+        Parameters and errors as in `generate`.
+        """
+        if self._client is None:
+            self._client = ThreadClient(self.loop)
+        state = _Completing(self.tokenizer, stop)
+        submit = self._submit(prompt, params, max_tokens, ignore_eos)
+        deltas = self._client.submit(submit)
+        async for delta in deltas:
+            if delta.error:
+                raise _error_of(delta)
+            before = len(state.completion.text)
+            ended = state.feed(delta)
+            if len(state.completion.text) > before:
+                yield state.completion.text[before:]
+            if ended:
+                break
+
+    def close(self) -> None:
+        """End the engine's thread, if `stream` started one."""
+        if self._client is not None:
+            self._client.close()
+            self._client = None
+
+    def _submit(
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams | None,
+        max_tokens: int,
+        ignore_eos: bool,
+    ) -> Submit:
+        tokens = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        return Submit(
+            f"llm-{next(self._ids)}",
+            tokens,
+            params or SamplingParams(),
+            max_tokens,
+            ignore_eos=ignore_eos,
+        )
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+
+class _Completing:
+    """Collects one completion."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
+        self.completion = Completion("", [], "")
+        self._decoder = tokenizer.detokenizer()
+        self._stops = StopStrings(stop)
+
+    def feed(self, delta: Delta) -> bool:
+        """Take a delta; True once the completion is whole."""
+        c = self.completion
+        if c.finish_reason:
+            return True
+        c.tokens += delta.tokens
+        c.logprobs += delta.logprobs or []
+        text, stopped = self._stops.feed(self._decoder.feed(delta.tokens))
+        c.text += text
+        if stopped:
+            c.finish_reason = "stop"
+        elif delta.finish_reason:
+            c.text += self._stops.flush()
+            c.finish_reason = delta.finish_reason
+        return c.finish_reason != ""
+
+
+def _error_of(delta: Delta) -> Error:
+    kinds = {"invalid": InvalidArgumentError, "full": CapacityError}
+    return kinds.get(delta.error_kind, InternalError)(delta.error)

@@ -1,0 +1,110 @@
+"""Latencies and counters of the server, for Prometheus and the status page."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+__all__ = ["ServerMetrics"]
+
+BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
+
+
+class ServerMetrics:
+    """Metrics of one server.
+
+    Parameters
+    ----------
+    stats : callable
+        Returns the engine's snapshot.
+    """
+
+    def __init__(self, stats: Callable[[], dict[str, Any]]) -> None:
+        self.registry = CollectorRegistry()
+        self.ttft = Histogram(
+            "pyruntime_serve_ttft_seconds",
+            "Time to first token",
+            buckets=BUCKETS,
+            registry=self.registry,
+        )
+        self.tbt = Histogram(
+            "pyruntime_serve_tbt_seconds",
+            "Time between tokens",
+            buckets=BUCKETS,
+            registry=self.registry,
+        )
+        self.requests = Counter(
+            "pyruntime_serve_requests",
+            "Requests by route and status",
+            ["route", "status"],
+            registry=self.registry,
+        )
+        self.registry.register(_EngineCollector(stats))
+        self._recent_ttft: deque[float] = deque(maxlen=2048)
+        self._recent_tbt: deque[float] = deque(maxlen=8192)
+
+    def first_token(self, seconds: float) -> None:
+        """Note the time to a request's first token."""
+        self.ttft.observe(seconds)
+        self._recent_ttft.append(seconds)
+
+    def next_token(self, seconds: float) -> None:
+        """Note the time since a request's token before."""
+        self.tbt.observe(seconds)
+        self._recent_tbt.append(seconds)
+
+    def percentiles(self) -> dict[str, list[float] | None]:
+        """Return p50, p90 and p99 of the latest requests and tokens, in seconds."""
+        return {
+            name: np.percentile(values, [50, 90, 99]).tolist() if values else None
+            for name, values in (
+                ("ttft_s", list(self._recent_ttft)),
+                ("tbt_s", list(self._recent_tbt)),
+            )
+        }
+
+
+class _EngineCollector(Collector):
+    GAUGES = (
+        ("running", "Requests that compute"),
+        ("waiting", "Requests in the queue"),
+        ("kv_blocks", "KV blocks"),
+        ("kv_free_blocks", "Free KV blocks"),
+        ("hidden_bytes", "Hidden states kept between layer slices"),
+    )
+    COUNTERS = (
+        ("steps", "Steps"),
+        ("step_errors", "Steps that failed"),
+        ("preemptions", "Requests preempted"),
+        ("prompt_tokens", "Prompt tokens accepted"),
+        ("generated_tokens", "Tokens generated"),
+        ("expert_bytes", "Weight bytes of the experts used"),
+    )
+
+    def __init__(self, stats: Callable[[], dict[str, Any]]) -> None:
+        self._stats = stats
+
+    def collect(self) -> Iterable[Metric]:
+        """Yield the engine's metrics."""
+        stats = self._stats()
+        for name, text in self.GAUGES:
+            yield GaugeMetricFamily(f"pyruntime_engine_{name}", text, stats[name])
+        for name, text in self.COUNTERS:
+            yield CounterMetricFamily(f"pyruntime_engine_{name}", text, stats[name])
+        for name, label in (("seconds", "stage"), ("finished", "reason"), ("waits", "reason")):
+            family = CounterMetricFamily(
+                f"pyruntime_engine_{name}", f"Engine {name} by {label}", labels=[label]
+            )
+            for key, value in stats[name].items():
+                family.add_metric([key], value)
+            yield family
+
+    def describe(self) -> Iterable[Metric]:
+        """Nothing is described beforehand: the names are fixed and ours."""
+        return []
