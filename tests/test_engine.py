@@ -424,3 +424,44 @@ def test_mangled_headers_never_crash(tmp_path_factory, data):
 
 def test_preempt_modes_are_stable():
     assert [mode.value for mode in Preempt] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("kind", ["Olmoe", "Qwen3Moe", "Qwen2Moe", "Mixtral"])
+def test_live_comparison(kind, tmp_path):
+    """A fresh random model against `transformers`, where that is installed (extra `oracle`)."""
+    transformers = pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch")
+    values = {
+        "vocab_size": 300,
+        "hidden_size": 64,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_experts_per_tok": 3,
+        "num_local_experts" if kind == "Mixtral" else "num_experts": 6,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 40,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.1,
+        "pad_token_id": None,
+    }
+    if "Qwen" not in kind:
+        del values["moe_intermediate_size"]
+    if kind != "Qwen2Moe":
+        del values["shared_expert_intermediate_size"]
+    seed = int.from_bytes(np.random.default_rng().bytes(4), "little")
+    torch.manual_seed(seed)
+    model = getattr(transformers, f"{kind}ForCausalLM")(
+        getattr(transformers, f"{kind}Config")(**values)
+    ).eval()
+    model.save_pretrained(tmp_path)
+    config = ModelConfig.load(tmp_path)
+    _loaded[str(tmp_path)] = (config, load_weights(tmp_path, config))
+    prompt = np.random.default_rng(seed).integers(0, 300, 100)
+    with torch.no_grad():
+        wanted = model(torch.tensor([prompt.tolist()])).logits[0, -1].numpy()
+    bench = Bench(str(tmp_path))
+    bench.add(1, prompt)
+    got = bench.prefill(1, [37], [1], return_logits=True).logits[0]
+    assert np.abs(got - wanted).max() <= BOUND, f"seed {seed}"

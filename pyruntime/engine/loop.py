@@ -272,8 +272,9 @@ class EngineLoop:
         }
 
     def snapshot(self) -> dict[str, Any]:
-        """Return counters and gauges as plain values."""
+        """Return counters and gauges as plain values; any thread may call it."""
         stats, pool = self.stats, self.pool
+        live = list(self._live.values())[:20]
         return {
             "running": len(self.scheduler.running),
             "waiting": self.scheduler.num_waiting,
@@ -294,6 +295,15 @@ class EngineLoop:
             "policy_faults": dict(self.scheduler.faults),
             "failing": self.scheduler.failing,
             "experts": self.expert_tokens.tolist(),
+            "queue": [
+                {
+                    "id": each.submit.id,
+                    "state": each.request.state.value,
+                    "reason": each.request.wait_reason,
+                    "tokens": each.request.known,
+                }
+                for each in live
+            ],
             "recent_steps": [list(record) for record in list(self.recent)[-120:]],
         }
 
