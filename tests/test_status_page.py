@@ -8,7 +8,7 @@ from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import Select, WebDriverWait
 
-from tests.test_serve import Server
+from tests.serving import Server
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 pytestmark = pytest.mark.skipif(
@@ -71,9 +71,9 @@ def test_prompt_box_streams_and_numbers_follow(page):
     until(page, lambda: ready(page) and text(page, "output"))
     send(page, "The list is", "text")
     until(page, lambda: ready(page) and text(page, "output"))
-    until(page, lambda: text(page, "generated") not in ("–", "0"))
+    until(page, lambda: text(page, "generated") not in ("\u2013", "0"))
     cell = "#latency tr:nth-child(2) td:nth-child(2)"
-    until(page, lambda: page.find_element(By.CSS_SELECTOR, cell).text != "–")
+    until(page, lambda: page.find_element(By.CSS_SELECTOR, cell).text != "\u2013")
     until(page, lambda: text(page, "running") == "0" and text(page, "kv") == "0.0")
     picture = os.environ.get("PYRUNTIME_SCREENSHOT")
     if picture:

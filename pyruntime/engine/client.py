@@ -72,7 +72,7 @@ class ThreadClient:
         self._draining = False
         self._idle = threading.Event()
         self._idle.set()
-        self._streams: dict[str, tuple[asyncio.AbstractEventLoop, asyncio.Queue[Delta]]] = {}
+        self._streams: dict[str, _Mailbox] = {}
         self._thread = threading.Thread(target=self._serve, name="pyruntime-engine", daemon=True)
         self._thread.start()
 
@@ -84,7 +84,7 @@ class ThreadClient:
         pyruntime.errors.ClosedError
             The client is closed or draining.
         """
-        queue: asyncio.Queue[Delta] = asyncio.Queue()
+        mailbox = _Mailbox(asyncio.get_running_loop())
         with self._wake:
             if self._closed or self._draining:
                 raise ClosedError("the engine takes no new requests")
@@ -92,14 +92,14 @@ class ThreadClient:
                 taken = f"request id {request.id!r} is in use"
                 yield Delta(request.id, finish_reason="error", error=taken, error_kind="invalid")
                 return
-            self._streams[request.id] = (asyncio.get_running_loop(), queue)
+            self._streams[request.id] = mailbox
             self._inbox.append(request)
             self._idle.clear()
             self._wake.notify()
         ended = False
         try:
             while not ended:
-                delta = await queue.get()
+                delta = await mailbox.take()
                 ended = delta.finish_reason is not None
                 yield delta
         finally:
@@ -188,15 +188,15 @@ class ThreadClient:
 
     def _deliver(self, deltas: list[Delta]) -> None:
         """Hand deltas over, with one wake-up per event loop."""
-        batches: dict[asyncio.AbstractEventLoop, list[tuple[asyncio.Queue[Delta], Delta]]] = {}
+        batches: dict[asyncio.AbstractEventLoop, list[tuple[_Mailbox, Delta]]] = {}
         with self._wake:
             for delta in deltas:
-                stream = self._streams.get(delta.id)
-                if stream is None:
+                mailbox = self._streams.get(delta.id)
+                if mailbox is None:
                     continue
                 if delta.finish_reason is not None:
                     del self._streams[delta.id]
-                batches.setdefault(stream[0], []).append((stream[1], delta))
+                batches.setdefault(mailbox.event_loop, []).append((mailbox, delta))
         for event_loop, batch in batches.items():
             try:
                 event_loop.call_soon_threadsafe(_put_all, batch)
@@ -205,6 +205,28 @@ class ThreadClient:
                     self._loop.abort(delta.id)
 
 
-def _put_all(batch: list[tuple[asyncio.Queue[Delta], Delta]]) -> None:
-    for queue, delta in batch:
-        queue.put_nowait(delta)
+class _Mailbox:
+    """Deltas of one stream: a queue with one reader, filled on the reader's event loop."""
+
+    __slots__ = ("_deltas", "_waiter", "event_loop")
+
+    def __init__(self, event_loop: asyncio.AbstractEventLoop) -> None:
+        self.event_loop = event_loop
+        self._deltas: deque[Delta] = deque()
+        self._waiter: asyncio.Future[None] | None = None
+
+    async def take(self) -> Delta:
+        while not self._deltas:
+            self._waiter = self.event_loop.create_future()
+            await self._waiter
+        return self._deltas.popleft()
+
+    def put(self, delta: Delta) -> None:
+        self._deltas.append(delta)
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+
+def _put_all(batch: list[tuple[_Mailbox, Delta]]) -> None:
+    for mailbox, delta in batch:
+        mailbox.put(delta)

@@ -150,8 +150,12 @@ def create_app(
         if on_shutdown is not None:
             await asyncio.to_thread(on_shutdown)
 
-    app = FastAPI(title="pyruntime", version=pyruntime.__version__, lifespan=lifespan)
-    app.add_middleware(BodyLimit, max_bytes=config.max_body_bytes)
+    app = FastAPI(
+        title="pyruntime",
+        version=pyruntime.__version__,
+        lifespan=lifespan,
+        max_body_size=config.max_body_bytes,
+    )
 
     @app.exception_handler(ApiError)
     async def api_error(request: Request, error: ApiError) -> JSONResponse:
@@ -615,40 +619,3 @@ class EventStream(Response):
             watch.cancel()
             with suppress(asyncio.CancelledError):
                 await watch
-
-
-class BodyLimit:
-    """Refuses bodies that are longer than `max_bytes`, before they are read whole."""
-
-    def __init__(self, app: Any, max_bytes: int) -> None:
-        self._app = app
-        self._max = max_bytes
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        too_long = ApiError(413, f"the body is longer than {self._max} bytes")
-        for name, value in scope["headers"]:
-            if name == b"content-length" and (not value.isdigit() or int(value) > self._max):
-                await too_long.response()(scope, receive, send)
-                return
-        seen = 0
-
-        async def limited() -> MutableMapping[str, Any]:
-            nonlocal seen
-            message = await receive()
-            if message["type"] == "http.request":
-                seen += len(message.get("body", b""))
-                if seen > self._max:
-                    raise too_long
-            return message
-
-        async def answer(message: MutableMapping[str, Any]) -> None:
-            if seen <= self._max:
-                await send(message)
-            elif message["type"] == "http.response.start":  # what the application made of it
-                await too_long.response()(scope, receive, send)
-
-        await self._app(scope, limited, answer)
