@@ -20,6 +20,7 @@ PYTHON = {
     "errors": set(),
     "_ext": BASIC,
     "": BASIC | {"engine"},  # the package offers `LLM`, imported when it is first used
+    "config": set(),
     "policy": BASIC,
     "doctor": {*BASIC, "gpu", "pool"},
     "__main__": {"doctor", "serve"},
