@@ -1,7 +1,12 @@
-# C++ tests: test_*.cpp are GoogleTest suites, stress_*.cpp too (the ones meant for TSan).
+# C++ tests, all GoogleTest suites: stress_*.cpp are those whose subject is threads, the only ones
+# the thread sanitizer's tree builds; test_*.cpp are all others.
 find_package(GTest REQUIRED)
 include(GoogleTest)
-file(GLOB test_sources CONFIGURE_DEPENDS csrc/tests/test_*.cpp csrc/tests/stress_*.cpp)
+file(GLOB test_sources CONFIGURE_DEPENDS csrc/tests/stress_*.cpp)
+if(NOT PYRUNTIME_SANITIZE STREQUAL "thread")
+  file(GLOB plain_sources CONFIGURE_DEPENDS csrc/tests/test_*.cpp)
+  list(APPEND test_sources ${plain_sources})
+endif()
 foreach(source IN LISTS test_sources)
   cmake_path(GET source STEM name)
   add_executable(${name} ${source})
