@@ -32,6 +32,25 @@ PYTHON = {
 }
 
 
+def cuda_violations(files):
+    """A room of cuda/ sees itself, cuda/base, device.cuh, and what its core shares."""
+    bad = []
+    for path, text in files:
+        room = path.split("/")[1]
+        allowed = {"base", "pyruntime", "cuda/include", "cuda/base", f"cuda/{room}"}
+        if room in CORES:
+            allowed |= {room, "pool"}
+        elif room in ("include", "shim"):
+            allowed = {"cuda/shim"}
+        elif room == "tests":
+            allowed |= {*CORES, *(f"cuda/{core}" for core in CORES), "cuda/shim"}
+        for target in re.findall(r'^#include "([a-z_/]+)/', text, re.MULTILINE):
+            target = "/".join(target.split("/")[:2]) if target.startswith("cuda/") else target
+            if target not in allowed:
+                bad.append(f"{path} includes {target}/")
+    return bad
+
+
 def native_violations(files):
     bad = []
     for path, text in files:
@@ -75,6 +94,10 @@ def test_native_edges():
     assert native_violations(sources("csrc", ".hpp", ".cpp", ".h")) == []
 
 
+def test_cuda_edges():
+    assert cuda_violations(sources("cuda", ".cuh", ".cu", ".hpp", ".cpp")) == []
+
+
 def test_python_edges():
     assert python_violations(sources("pyruntime", ".py")) == []
 
@@ -82,5 +105,9 @@ def test_python_edges():
 def test_planted_edges_are_found():
     assert native_violations([("csrc/base/a.hpp", '#include "pool/pool.hpp"\n')])
     assert native_violations([("csrc/kv/a.hpp", '#include "moe/store.hpp"\n')])
+    assert cuda_violations([("cuda/pool/a.cuh", '#include "capi/error.hpp"\n')])
+    assert cuda_violations([("cuda/pool/a.cuh", '#include "cuda/kv/kernels.cuh"\n')])
+    assert cuda_violations([("cuda/include/a.cuh", '#include "cuda/base/copy.cuh"\n')])
+    assert cuda_violations([("cuda/shim/a.hpp", '#include "pool/pool.hpp"\n')])
     assert python_violations([("pyruntime/errors.py", "from pyruntime.pool import Pool\n")])
     assert python_violations([("pyruntime/sched/a.py", "import pyruntime.engine\n")])

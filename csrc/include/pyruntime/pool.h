@@ -137,6 +137,31 @@ PYRT_API pyrt_status pyrt_pool_get_statistics(pyrt_pool* pool,
  * capacity = in_use + cached + depot. PYRT_ECORRUPT says what is wrong. */
 PYRT_API pyrt_status pyrt_pool_check(pyrt_pool* pool) PYRT_NOEXCEPT;
 
+/* Objects between their scattered places and packed rows, on a CUDA device. Every address is one
+ * the device can reach: device memory, or host memory registered with pyrt_gpu_register. */
+typedef struct pyrt_pool_device_copy {
+  uint32_t struct_size;
+  uint32_t per_unit; /* this and the next four as in pyrt_pool_layout: of the pool itself if its */
+  uintptr_t base;    /* memory is registered, or of a mirror of it in device memory */
+  uint64_t object_bytes;
+  uint64_t stride;
+  uint64_t unit_bytes;
+  uint64_t num_objects; /* rows of an index at or above it are left alone */
+  uintptr_t indices;    /* uint32[n], 4-byte aligned */
+  uint64_t n;
+  uintptr_t packed; /* row i at packed + i * packed_stride; fastest where all are multiples of 16 */
+  uint64_t packed_stride;
+} pyrt_pool_device_copy;
+
+/* Copies object indices[i] to row i (gather) or row i to object indices[i] (scatter; an index that
+ * comes twice leaves a mixture of its rows). Asynchronous: ordered on `stream`, a cudaStream_t (0:
+ * the default stream), and the memory must live until it is done. PYRT_EINVAL names the field;
+ * PYRT_ENODEV says what is missing; PYRT_ECUDA. */
+PYRT_API pyrt_status pyrt_pool_gather_async(const pyrt_pool_device_copy* copy,
+                                            uintptr_t stream) PYRT_NOEXCEPT;
+PYRT_API pyrt_status pyrt_pool_scatter_async(const pyrt_pool_device_copy* copy,
+                                             uintptr_t stream) PYRT_NOEXCEPT;
+
 #ifdef __cplusplus
 }
 #endif

@@ -2,6 +2,7 @@
 #ifndef PYRUNTIME_H
 #define PYRUNTIME_H
 #include "pyruntime/abi.h"
+#include "pyruntime/gpu.h"
 #include "pyruntime/ops.h"
 #include "pyruntime/pool.h"
 #endif

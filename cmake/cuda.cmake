@@ -1,0 +1,46 @@
+# libpyruntime_cuda.so: the kernels of every room under cuda/, opened on first use. Built where nvcc
+# is; without it everything else still is.
+if(NOT PYRUNTIME_CUDA STREQUAL "OFF")
+  # nvcc is often off PATH: the toolkit's default prefix is tried as well.
+  find_program(PYRUNTIME_NVCC nvcc HINTS ENV CUDACXX PATHS /usr/local/cuda/bin)
+  if(PYRUNTIME_NVCC AND NOT DEFINED CMAKE_CUDA_COMPILER)
+    set(CMAKE_CUDA_COMPILER ${PYRUNTIME_NVCC})
+  endif()
+  # CUDA 13's range: Ampere, Hopper and Blackwell, and PTX for what comes after.
+  set(CMAKE_CUDA_ARCHITECTURES "80-real;90-real;100-real;100-virtual" CACHE STRING "GPUs to compile for")
+  if(PYRUNTIME_CUDA STREQUAL "ON")
+    if(NOT PYRUNTIME_NVCC)
+      message(FATAL_ERROR "PYRUNTIME_CUDA is ON and there is no nvcc, neither on PATH nor in /usr/local/cuda/bin")
+    endif()
+    enable_language(CUDA)
+  elseif(PYRUNTIME_NVCC)
+    include(CheckLanguage)
+    check_language(CUDA)  # an nvcc that cannot compile (say, too new a g++) is as good as none
+    if(CMAKE_CUDA_COMPILER)
+      enable_language(CUDA)
+    endif()
+  endif()
+endif()
+get_property(languages GLOBAL PROPERTY ENABLED_LANGUAGES)
+if(NOT "CUDA" IN_LIST languages)
+  set(PYRUNTIME_HAVE_CUDA OFF)
+  if(PYRUNTIME_CUDA STREQUAL "AUTO")
+    message(NOTICE "pyruntime: no usable nvcc, building for the CPU only")
+  endif()
+  return()
+endif()
+set(PYRUNTIME_HAVE_CUDA ON)
+
+set(CMAKE_CUDA_STANDARD 20)
+set(CMAKE_CUDA_STANDARD_REQUIRED ON)
+set(CMAKE_CUDA_EXTENSIONS OFF)
+set(CMAKE_CUDA_VISIBILITY_PRESET hidden)
+# One nvcc at a time: it uses two threads for its architectures.
+set_property(GLOBAL APPEND PROPERTY JOB_POOLS nvcc=1)
+
+file(GLOB cuda_sources CONFIGURE_DEPENDS cuda/*/*.cu)
+add_library(pyruntime_cuda SHARED ${cuda_sources})
+target_include_directories(pyruntime_cuda PRIVATE ${PROJECT_SOURCE_DIR} csrc csrc/include)
+target_compile_options(pyruntime_cuda PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:--threads=2 -Xcompiler=-Wall,-Wextra>)
+set_target_properties(pyruntime_cuda PROPERTIES CUDA_RUNTIME_LIBRARY Static JOB_POOL_COMPILE nvcc)
+install(TARGETS pyruntime_cuda LIBRARY DESTINATION pyruntime/lib COMPONENT runtime)
