@@ -14,6 +14,28 @@ foreach(source IN LISTS test_sources)
   gtest_discover_tests(${name} DISCOVERY_TIMEOUT 60 PROPERTIES TIMEOUT 300)
 endforeach()
 
+# Byte-driven targets (LLVMFuzzerTestOneInput) with a driver of ours, its seeds fixed; the corpus of
+# fuzz_<core>.cpp is tests/data/fuzz/<core>. Threads are not their subject.
+if(NOT PYRUNTIME_SANITIZE STREQUAL "thread")
+  file(GLOB fuzz_sources CONFIGURE_DEPENDS csrc/tests/fuzz_*.cpp)
+  if(fuzz_sources)
+    add_library(pyruntime_fuzz_main OBJECT csrc/tests/support/fuzz_main.cpp)
+    target_link_libraries(pyruntime_fuzz_main PRIVATE pyruntime_flags)
+  endif()
+  foreach(source IN LISTS fuzz_sources)
+    cmake_path(GET source STEM name)
+    string(REPLACE "fuzz_" "" core ${name})
+    add_executable(${name} ${source} $<TARGET_OBJECTS:pyruntime_fuzz_main>)
+    target_link_libraries(${name} PRIVATE pyruntime_core pyruntime)
+    set(corpus ${PROJECT_SOURCE_DIR}/tests/data/fuzz/${core})
+    if(NOT EXISTS ${corpus})
+      set(corpus "")
+    endif()
+    add_test(NAME ${name} COMMAND ${name} --seconds=5 ${corpus})
+    set_tests_properties(${name} PROPERTIES TIMEOUT 300)
+  endforeach()
+endif()
+
 # Kernel tests: compiled by nvcc and run on a GPU where CUDA is on, else by g++ with the host shim,
 # which is compiled without sanitizers (it tells them itself what to know).
 file(GLOB kernel_tests CONFIGURE_DEPENDS cuda/tests/test_*.cpp)

@@ -37,6 +37,7 @@ Geometry Geometry::of(size_t object_bytes, size_t align, bool guard) {
   } else {
     const size_t natural = std::min(kCacheLine, std::max<size_t>(8, std::bit_ceil(object_bytes)));
     g.stride = round_up(object_bytes, align != 0 ? align : natural);
+    g.stride = std::max<size_t>(g.stride, 2);  // the reciprocal of 1 would need 65 bits
     if (align == 0 && g.stride % 512 == 0) g.stride += kCacheLine;
   }
   for (uint32_t shift = kMinUnitShift; shift <= kMaxUnitShift; ++shift) {
