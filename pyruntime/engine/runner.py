@@ -28,136 +28,34 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from pyruntime import ops
 from pyruntime.engine.config import ModelConfig
-from pyruntime.engine.loader import LayerWeights, Progress, Weights, load_weights
+from pyruntime.engine.last_rows import sample_rows
+from pyruntime.engine.layers import Layers
+from pyruntime.engine.loader import Progress, Weights, load_weights
 from pyruntime.engine.sampling import SamplingParams
+from pyruntime.engine.step import (
+    OPERATORS,
+    ExpertBackend,
+    Hidden,
+    Ints,
+    Piece,
+    Rows,
+    Sequence,
+    StepResult,
+    add_time,
+)
 from pyruntime.errors import CapacityError, InvalidArgumentError, NotFoundError, StateError
 from pyruntime.kv import StepTables
 from pyruntime.moe import ReferenceExperts
 from pyruntime.sched import StepPlan
 
 __all__ = ["OPERATORS", "Engine", "ExpertBackend", "Piece", "StepResult"]
-
-Floats = NDArray[np.float32]
-Ints = NDArray[np.int32]
-
-OPERATORS = ("qkv", "rope", "attention", "output", "router", "experts")
-"""The operators of a layer, in order; then, after the last layer, "logits"."""
-
-
-class ExpertBackend(Protocol):
-    """See `pyruntime.moe`."""
-
-    def ffn(
-        self, layer: int, x: Floats, ids: Ints, weights: Floats, out: Floats
-    ) -> NDArray[np.uint8]:
-        """Compute the experts of one layer."""
-        ...
-
-    def hint(self, layer: int, x: Floats) -> None:
-        """Announce that `x` is about to reach `layer`."""
-        ...
-
-    def begin_step(self, plan: StepPlan) -> None:
-        """Announce a step."""
-        ...
-
-    def expert_bytes(self, layer: int) -> int:
-        """Return the bytes of one expert of `layer`."""
-        ...
-
-    def stats(self) -> dict[str, int]:
-        """Return cumulative counters."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """How far a request's part of a step has come."""
-
-    request: int
-    token: int
-    """Tokens whose part of the step is complete once `layer` and `operator` say so."""
-    layer: int
-    operator: str
-    """Next operator; "" when the piece is done."""
-
-
-@dataclass(slots=True)
-class StepResult:
-    """What a step did."""
-
-    plan_id: int
-    stopped: bool
-    """Whether the stop flag ended the run before the plan was done."""
-    reached: list[Piece]
-    requests: list[int]
-    """Requests that sampled, in the order of the arrays below."""
-    sampled: ops.SampleResult | None
-    failed: dict[int, str] = field(default_factory=dict)
-    """Requests that cannot go on, and why; they are not in `requests`."""
-    logits: Floats | None = None
-    """[len(requests), vocab], if asked for."""
-    seconds: dict[str, float] = field(default_factory=dict)
-    """Time by stage: attention, experts, dense, sampling."""
-    expert_tokens: NDArray[np.int64] | None = None
-    """[layers, experts]: tokens routed."""
-    expert_bytes: NDArray[np.int64] | None = None
-    """[layers]: weight bytes of the experts that were used."""
-    device: str = "cpu"
-    stream: int = 0
-
-
-class _Sequence:
-    """Tokens of one request, in a buffer that doubles."""
-
-    __slots__ = ("params", "prompt_len", "row", "size", "tokens")
-
-    def __init__(self, prompt: Ints, params: SamplingParams) -> None:
-        self.tokens = np.empty(max(64, 2 * len(prompt)), np.int32)
-        self.tokens[: len(prompt)] = prompt
-        self.size = self.prompt_len = len(prompt)
-        self.params = params
-        self.row = params.row()
-
-    def append(self, token: int) -> None:
-        if self.size == len(self.tokens):
-            self.tokens = np.concatenate([self.tokens, np.empty_like(self.tokens)])
-        self.tokens[self.size] = token
-        self.size += 1
-
-
-@dataclass(slots=True)
-class _Hidden:
-    """Hidden states of tokens [low, high) that `layer` layers have been through."""
-
-    low: int
-    high: int
-    layer: int
-    x: Floats
-
-
-@dataclass(slots=True)
-class _Rows:
-    """The token rows of a step: decodes first, then the pieces in order."""
-
-    requests: list[int]
-    starts: Ints  # first row of each piece, and the end
-    layer_lo: Ints
-    layer_hi: Ints
-    row_piece: Ints
-    positions: Ints
-    slots: NDArray[np.int64]
-    visible: Ints
-    table_rows: Ints
 
 
 @dataclass(slots=True)
@@ -200,11 +98,9 @@ class Engine:
         self._kv = np.zeros(  # pages appear as blocks are first written
             (c.num_layers, 2, num_blocks, block_size, c.kv_heads, c.head_dim), np.float32
         )
-        angles = np.outer(np.arange(c.max_len, dtype=np.float32), c.rope.inv_freq)
-        self._cos = np.cos(angles).astype(np.float32) * np.float32(c.rope.scale)
-        self._sin = np.sin(angles).astype(np.float32) * np.float32(c.rope.scale)
-        self._sequences: dict[int, _Sequence] = {}
-        self._hidden: dict[int, _Hidden] = {}
+        self._layers = Layers(config, weights, self.experts, self._kv)
+        self._sequences: dict[int, Sequence] = {}
+        self._hidden: dict[int, Hidden] = {}
         self._open: dict[int, _Open] = {}
 
     @classmethod
@@ -241,7 +137,7 @@ class Engine:
         if request in self._sequences:
             raise StateError(f"request {request} is in the engine already")
         params.check(self.config.vocab_size)
-        self._sequences[request] = _Sequence(prompt, params)
+        self._sequences[request] = Sequence(prompt, params)
 
     def remove(self, request: int) -> None:
         """Forget a request; unknown ones are ignored."""
@@ -253,7 +149,7 @@ class Engine:
         sequence = self._sequence(request)
         return sequence.tokens[: sequence.size]
 
-    def _sequence(self, request: int) -> _Sequence:
+    def _sequence(self, request: int) -> Sequence:
         sequence = self._sequences.get(request)
         if sequence is None:
             raise NotFoundError(f"request {request} is not in the engine")
@@ -346,7 +242,7 @@ class Engine:
             )
         return pieces
 
-    def _rows(self, plan: StepPlan, tables: StepTables) -> _Rows:
+    def _rows(self, plan: StepPlan, tables: StepTables) -> Rows:
         c, layers = self.config, self.config.num_layers
         requests = plan.requests()
         if len(set(requests)) != len(requests):
@@ -390,7 +286,7 @@ class Engine:
         if (slots < 0).any():
             raise StateError("a token's block is missing from its table")
         layer_ranges = np.array(ranges, np.int32).reshape(-1, 2)
-        return _Rows(
+        return Rows(
             requests,
             starts,
             layer_ranges[:, 0],
@@ -405,7 +301,7 @@ class Engine:
     def _execute(
         self,
         plan: StepPlan,
-        rows: _Rows,
+        rows: Rows,
         tables: Ints,
         result: StepResult,
         return_logits: bool,
@@ -434,11 +330,11 @@ class Engine:
             if not active.any():
                 continue
             if active.all():
-                yield from self._layer(layer, x, rows, slice(None), tables, result, bad_tokens)
+                yield from self._layers.run(layer, x, rows, slice(None), tables, result, bad_tokens)
             else:
                 chosen = np.flatnonzero(active[rows.row_piece])
                 some = x[chosen]
-                yield from self._layer(layer, some, rows, chosen, tables, result, bad_tokens)
+                yield from self._layers.run(layer, some, rows, chosen, tables, result, bad_tokens)
                 x[chosen] = some
         yield c.num_layers, "logits"
         clock = time.perf_counter()
@@ -447,170 +343,17 @@ class Engine:
             last = rows.positions[rows.starts[piece + 1] - 1] + 1
             if rows.layer_hi[piece] == c.num_layers and last == self._sequences[request].size:
                 sampling.append(piece)
-        sampled = self._sample(sampling, x, rows, bad_tokens, result, return_logits)
+        sampled = sample_rows(
+            w, c.eps, self._sequences, sampling, x, rows, bad_tokens, result, return_logits
+        )
         for piece in np.flatnonzero(rows.layer_hi < c.num_layers).tolist():
             part = slice(rows.starts[piece], rows.starts[piece + 1])
             low = int(rows.positions[part.start])
-            self._hidden[rows.requests[piece]] = _Hidden(
+            self._hidden[rows.requests[piece]] = Hidden(
                 low, low + part.stop - part.start, int(rows.layer_hi[piece]), x[part].copy()
             )
         for piece in np.flatnonzero((rows.layer_lo > 0) & (rows.layer_hi == c.num_layers)).tolist():
             del self._hidden[rows.requests[piece]]
         for request, token in sampled:
             self._sequences[request].append(token)
-        _add(result.seconds, "sampling", clock)
-
-    def _layer(
-        self,
-        layer: int,
-        x: Floats,
-        rows: _Rows,
-        chosen: slice | NDArray[np.int64],
-        tables: Ints,
-        result: StepResult,
-        bad_tokens: NDArray[np.bool_],
-    ) -> Iterator[tuple[int, str]]:
-        """One decoder layer over the rows `chosen`, whose hidden states are `x`, in place."""
-        c, w = self.config, self.weights.layers[layer]
-        n, q_size, kv_size = len(x), c.heads * c.head_dim, c.kv_heads * c.head_dim
-        yield layer, "qkv"
-        clock = time.perf_counter()
-        qkv = ops.linear(ops.rms_norm(x, w.attention_norm, c.eps), w.qkv, w.qkv_bias)
-        q = np.ascontiguousarray(qkv[:, :q_size])
-        k = np.ascontiguousarray(qkv[:, q_size : q_size + kv_size])
-        v = np.ascontiguousarray(qkv[:, q_size + kv_size :])
-        if w.q_norm is not None and w.k_norm is not None:  # before clipping, as OLMoE does
-            q_rows, k_rows = q.reshape(-1, len(w.q_norm)), k.reshape(-1, len(w.k_norm))
-            ops.rms_norm(q_rows, w.q_norm, c.eps, q_rows)
-            ops.rms_norm(k_rows, w.k_norm, c.eps, k_rows)
-        if c.clip_qkv:
-            for part in (q, k, v):
-                ops.clamp(part, c.clip_qkv)
-        clock = _add(result.seconds, "dense", clock)
-        yield layer, "rope"
-        clock = time.perf_counter()
-        q = q.reshape(n, c.heads, c.head_dim)
-        k = k.reshape(n, c.kv_heads, c.head_dim)
-        positions = np.ascontiguousarray(rows.positions[chosen])
-        ops.rope(q, positions, self._cos, self._sin)
-        ops.rope(k, positions, self._cos, self._sin)
-        k_cache, v_cache = self._kv[layer]
-        slots = np.ascontiguousarray(rows.slots[chosen])
-        ops.kv_write(k_cache, v_cache, slots, k, v.reshape(n, c.kv_heads, c.head_dim))
-        _add(result.seconds, "attention", clock)
-        yield layer, "attention"
-        clock = time.perf_counter()
-        attended = ops.paged_attention(
-            q,
-            k_cache,
-            v_cache,
-            tables,
-            np.ascontiguousarray(rows.table_rows[chosen]),
-            np.ascontiguousarray(rows.visible[chosen]),
-            c.head_dim**-0.5,
-            c.windows[layer],
-        )
-        _add(result.seconds, "attention", clock)
-        yield layer, "output"
-        clock = time.perf_counter()
-        ops.add(x, ops.linear(attended.reshape(n, q_size), w.out, w.out_bias))
-        normed = ops.rms_norm(x, w.ffn_norm, c.eps)
-        _add(result.seconds, "dense", clock)
-        if w.router is None:
-            yield layer, "experts"
-            clock = time.perf_counter()
-            ops.add(x, _mlp(normed, w))
-            _add(result.seconds, "dense", clock)
-            return
-        yield layer, "router"
-        clock = time.perf_counter()
-        self.experts.hint(layer, normed)
-        ids, shares = ops.router(ops.linear(normed, w.router), c.top_k, normalise=c.normalise)
-        _add(result.seconds, "dense", clock)
-        yield layer, "experts"
-        clock = time.perf_counter()
-        out = np.empty_like(normed)
-        status = self.experts.ffn(layer, normed, ids, shares, out)
-        if status.any():
-            bad_tokens[chosen] |= status != 0
-        clock = _add(result.seconds, "experts", clock)
-        if w.dense is not None and w.shared_gate is not None:
-            _, gate = ops.router(
-                ops.linear(normed, w.shared_gate), 1, sigmoid=True, normalise=False
-            )
-            ops.add(out, gate * _mlp(normed, w))
-        ops.add(x, out)
-        counts = np.bincount(ids.reshape(-1), minlength=c.num_experts)
-        assert result.expert_tokens is not None and result.expert_bytes is not None
-        result.expert_tokens[layer] += counts
-        result.expert_bytes[layer] += np.count_nonzero(counts) * self.experts.expert_bytes(layer)
-        _add(result.seconds, "dense", clock)
-
-    def _sample(
-        self,
-        pieces: list[int],
-        x: Floats,
-        rows: _Rows,
-        bad_tokens: NDArray[np.bool_],
-        result: StepResult,
-        return_logits: bool,
-    ) -> list[tuple[int, int]]:
-        """Fill the result's samples; return (request, token) pairs."""
-        for piece in np.unique(rows.row_piece[bad_tokens]).tolist():
-            result.failed[rows.requests[piece]] = "an expert could not be read"
-        pieces = [piece for piece in pieces if rows.requests[piece] not in result.failed]
-        if not pieces:
-            return []
-        last = rows.starts[np.array(pieces) + 1] - 1
-        normed = ops.rms_norm(np.ascontiguousarray(x[last]), self.weights.norm, self.config.eps)
-        logits = ops.linear(normed, self.weights.head)
-        kept = logits.copy() if return_logits else None
-        sequences = [self._sequences[rows.requests[piece]] for piece in pieces]
-        params = np.array([sequence.row for sequence in sequences], ops.SAMPLING)
-        params["position"] = [sequence.size for sequence in sequences]
-        bias = tokens = None
-        if any(sequence.params.logit_bias for sequence in sequences):
-            pairs = [sorted(s.params.logit_bias.items()) for s in sequences]
-            flat = [pair for row in pairs for pair in row]
-            bias = (
-                _offsets([len(row) for row in pairs]),
-                np.array([token for token, _ in flat], np.int32),
-                np.array([value for _, value in flat], np.float32),
-            )
-        if any(sequence.params.penalises for sequence in sequences):
-            known = [s.tokens[: s.size if s.params.penalises else 0] for s in sequences]
-            prompts = [min(s.prompt_len, len(k)) for s, k in zip(sequences, known, strict=True)]
-            tokens = (
-                _offsets([len(k) for k in known]),
-                np.concatenate(known),
-                np.array(prompts, np.int64),
-            )
-        sampled = ops.sample(logits, params, bias, tokens)
-        good = sampled.status == 0
-        for index in np.flatnonzero(~good).tolist():
-            result.failed[rows.requests[pieces[index]]] = "its logits are not finite"
-        if not good.all():
-            sampled = ops.SampleResult(*(part[good] for part in sampled))
-            kept = None if kept is None else kept[good]
-        result.requests = [rows.requests[p] for p, fine in zip(pieces, good, strict=True) if fine]
-        result.sampled, result.logits = sampled, kept
-        return list(zip(result.requests, sampled.tokens.tolist(), strict=True))
-
-
-def _mlp(x: Floats, w: LayerWeights) -> Floats:
-    assert w.dense is not None
-    gate, up, down = w.dense
-    inner = ops.linear(x, gate)
-    return ops.linear(ops.silu_mul(inner, ops.linear(x, up), inner), down)
-
-
-def _offsets(lengths: list[int]) -> NDArray[np.int64]:
-    offsets = np.zeros(len(lengths) + 1, np.int64)
-    np.cumsum(lengths, out=offsets[1:])
-    return offsets
-
-
-def _add(seconds: dict[str, float], stage: str, since: float) -> float:
-    now = time.perf_counter()
-    seconds[stage] = seconds.get(stage, 0.0) + now - since
-    return now
+        add_time(result.seconds, "sampling", clock)

@@ -1,6 +1,7 @@
 """Scheduling for LLM serving: events in, step plans out."""
 
-from pyruntime.sched.core import PRESETS, Explanation, Policy, Scheduler, preset
+from pyruntime.sched.compose import PRESETS, Explanation, KvView, Policy, preset
+from pyruntime.sched.core import Scheduler
 from pyruntime.sched.model import Request, Resources, State
 from pyruntime.sched.parts import (
     ChunkedPrefill,
@@ -16,6 +17,7 @@ __all__ = [
     "ChunkedPrefill",
     "Explanation",
     "Fcfs",
+    "KvView",
     "LayeredPrefill",
     "Policy",
     "Preempt",

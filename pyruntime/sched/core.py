@@ -16,29 +16,17 @@ import heapq
 import logging
 import math
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 from pyruntime.errors import CapacityError, InvalidArgumentError, NotFoundError
+from pyruntime.sched.compose import Explanation, KvView, Policy
 from pyruntime.sched.model import Request, Resources, State
-from pyruntime.sched.parts import (
-    Admission,
-    Batching,
-    ChunkedPrefill,
-    Fairness,
-    Fcfs,
-    LayeredPrefill,
-    Ordering,
-    Partition,
-    Preemption,
-    PromptFits,
-    TailRecompute,
-)
+from pyruntime.sched.parts import Fcfs
 from pyruntime.sched.plan import Piece, Preempt, StepPlan, make_plan
 
-__all__ = ["PRESETS", "Explanation", "KvView", "Policy", "Scheduler", "preset"]
+__all__ = ["Scheduler"]
 
 MAX_BYPASS = 8
 MAX_BYPASS_S = 2.0
@@ -46,84 +34,6 @@ MAX_POLICY_FAULTS = 10
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-
-
-class KvView(Protocol):
-    """What the scheduler asks of a KV pool; it names requests, never blocks."""
-
-    def dry_run(self, grow: Sequence[tuple[int, int]], free: Sequence[int] = ()) -> int:
-        """Return the blocks left after such a step, negative for a deficit; changes nothing."""
-        ...
-
-    def need(self, request: int, tokens: int) -> int:
-        """Return the further blocks `request` needs to hold `tokens`."""
-        ...
-
-    def fits(self, tokens: int) -> bool:
-        """Whether a sequence of `tokens` can ever fit."""
-        ...
-
-    @property
-    def block_size(self) -> int:
-        """Tokens per block."""
-        ...
-
-
-@dataclass
-class Policy:
-    """A composition of parts."""
-
-    name: str = "fcfs"
-    ordering: Ordering = field(default_factory=Fcfs)
-    admission: Admission = field(default_factory=PromptFits)
-    partition: Partition = field(default_factory=ChunkedPrefill)
-    preemption: Preemption = field(default_factory=TailRecompute)
-    fairness: Fairness | None = None
-    batching: Batching | None = None
-
-
-def _fcfs() -> Policy:
-    return Policy("fcfs")
-
-
-def _layered() -> Policy:
-    return Policy("layered", partition=LayeredPrefill())
-
-
-PRESETS = {"fcfs": _fcfs, "layered": _layered}
-
-
-def preset(name: str) -> Policy:
-    """Make a preset policy.
-
-    Parameters
-    ----------
-    name : {"fcfs", "layered"}
-        ``fcfs`` is first come first served with chunked prefill; ``layered`` cuts long prefills
-        along layers instead, chosen per batch.
-
-    Raises
-    ------
-    pyruntime.errors.NotFoundError
-        There is no such preset; the message lists them.
-    """
-    if name not in PRESETS:
-        raise NotFoundError(f"no policy {name!r}; there are {', '.join(sorted(PRESETS))}")
-    return PRESETS[name]()
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """Why a request is where it is."""
-
-    state: str
-    reason: str
-    """"running", or kv_full, max_running, budget, window, isolation, tenant_turn, or behind."""
-    behind: int | None
-    """The request it waits behind, if any."""
-    since: float
-    position: int
-    """Place in the queue, from 0; -1 when it does not wait."""
 
 
 class Scheduler:

@@ -1,0 +1,133 @@
+"""One decoder layer, operator by operator, over the native operators and an expert backend."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pyruntime import ops
+from pyruntime.engine.config import ModelConfig
+from pyruntime.engine.loader import LayerWeights, Weights
+from pyruntime.engine.step import ExpertBackend, Floats, Ints, Rows, StepResult
+from pyruntime.engine.step import add_time as _add
+
+__all__ = ["Layers"]
+
+
+class Layers:
+    """The decoder layers of a model on its KV cache arrays.
+
+    Parameters
+    ----------
+    config : ModelConfig
+    weights : Weights
+    experts : ExpertBackend
+    kv : float32 [layers, 2, blocks, block size, kv heads, head dim]
+    """
+
+    def __init__(
+        self, config: ModelConfig, weights: Weights, experts: ExpertBackend, kv: Floats
+    ) -> None:
+        self.config = config
+        self.weights = weights
+        self.experts = experts
+        self.kv = kv
+        angles = np.outer(np.arange(config.max_len, dtype=np.float32), config.rope.inv_freq)
+        self._cos = np.cos(angles).astype(np.float32) * np.float32(config.rope.scale)
+        self._sin = np.sin(angles).astype(np.float32) * np.float32(config.rope.scale)
+
+    def run(
+        self,
+        layer: int,
+        x: Floats,
+        rows: Rows,
+        chosen: slice | NDArray[np.int64],
+        tables: Ints,
+        result: StepResult,
+        bad_tokens: NDArray[np.bool_],
+    ) -> Iterator[tuple[int, str]]:
+        """One decoder layer over the rows `chosen`, whose hidden states are `x`, in place."""
+        c, w = self.config, self.weights.layers[layer]
+        n, q_size, kv_size = len(x), c.heads * c.head_dim, c.kv_heads * c.head_dim
+        yield layer, "qkv"
+        clock = time.perf_counter()
+        qkv = ops.linear(ops.rms_norm(x, w.attention_norm, c.eps), w.qkv, w.qkv_bias)
+        q = np.ascontiguousarray(qkv[:, :q_size])
+        k = np.ascontiguousarray(qkv[:, q_size : q_size + kv_size])
+        v = np.ascontiguousarray(qkv[:, q_size + kv_size :])
+        if w.q_norm is not None and w.k_norm is not None:  # before clipping, as OLMoE does
+            q_rows, k_rows = q.reshape(-1, len(w.q_norm)), k.reshape(-1, len(w.k_norm))
+            ops.rms_norm(q_rows, w.q_norm, c.eps, q_rows)
+            ops.rms_norm(k_rows, w.k_norm, c.eps, k_rows)
+        if c.clip_qkv:
+            for part in (q, k, v):
+                ops.clamp(part, c.clip_qkv)
+        clock = _add(result.seconds, "dense", clock)
+        yield layer, "rope"
+        clock = time.perf_counter()
+        q = q.reshape(n, c.heads, c.head_dim)
+        k = k.reshape(n, c.kv_heads, c.head_dim)
+        positions = np.ascontiguousarray(rows.positions[chosen])
+        ops.rope(q, positions, self._cos, self._sin)
+        ops.rope(k, positions, self._cos, self._sin)
+        k_cache, v_cache = self.kv[layer]
+        slots = np.ascontiguousarray(rows.slots[chosen])
+        ops.kv_write(k_cache, v_cache, slots, k, v.reshape(n, c.kv_heads, c.head_dim))
+        _add(result.seconds, "attention", clock)
+        yield layer, "attention"
+        clock = time.perf_counter()
+        attended = ops.paged_attention(
+            q,
+            k_cache,
+            v_cache,
+            tables,
+            np.ascontiguousarray(rows.table_rows[chosen]),
+            np.ascontiguousarray(rows.visible[chosen]),
+            c.head_dim**-0.5,
+            c.windows[layer],
+        )
+        _add(result.seconds, "attention", clock)
+        yield layer, "output"
+        clock = time.perf_counter()
+        ops.add(x, ops.linear(attended.reshape(n, q_size), w.out, w.out_bias))
+        normed = ops.rms_norm(x, w.ffn_norm, c.eps)
+        _add(result.seconds, "dense", clock)
+        if w.router is None:
+            yield layer, "experts"
+            clock = time.perf_counter()
+            ops.add(x, _mlp(normed, w))
+            _add(result.seconds, "dense", clock)
+            return
+        yield layer, "router"
+        clock = time.perf_counter()
+        self.experts.hint(layer, normed)
+        ids, shares = ops.router(ops.linear(normed, w.router), c.top_k, normalise=c.normalise)
+        _add(result.seconds, "dense", clock)
+        yield layer, "experts"
+        clock = time.perf_counter()
+        out = np.empty_like(normed)
+        status = self.experts.ffn(layer, normed, ids, shares, out)
+        if status.any():
+            bad_tokens[chosen] |= status != 0
+        clock = _add(result.seconds, "experts", clock)
+        if w.dense is not None and w.shared_gate is not None:
+            _, gate = ops.router(
+                ops.linear(normed, w.shared_gate), 1, sigmoid=True, normalise=False
+            )
+            ops.add(out, gate * _mlp(normed, w))
+        ops.add(x, out)
+        counts = np.bincount(ids.reshape(-1), minlength=c.num_experts)
+        assert result.expert_tokens is not None and result.expert_bytes is not None
+        result.expert_tokens[layer] += counts
+        result.expert_bytes[layer] += np.count_nonzero(counts) * self.experts.expert_bytes(layer)
+        _add(result.seconds, "dense", clock)
+
+
+def _mlp(x: Floats, w: LayerWeights) -> Floats:
+    assert w.dense is not None
+    gate, up, down = w.dense
+    inner = ops.linear(x, gate)
+    return ops.linear(ops.silu_mul(inner, ops.linear(x, up), inner), down)
