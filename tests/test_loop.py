@@ -70,6 +70,48 @@ def test_greedy_text_does_not_depend_on_scheduling(tokenizer):
     assert loops[2].stats.preemptions > 0  # 8 blocks for 6 requests: memory ran out
 
 
+def test_swapped_requests_continue_without_recompute(tokenizer):
+    wanted, _ = drive(fresh(max_running=1), submits(tokenizer))
+    small = 8 * 16 * 4096
+    roomy, tight = (
+        fresh(policy="swap", kv_bytes=small, swap_bytes=small),
+        fresh(policy="swap", kv_bytes=small, swap_bytes=2 * 16 * 4096),
+    )
+    for loop in (roomy, tight):
+        got, ends = drive(loop, submits(tokenizer))
+        assert got == wanted
+        assert {delta.finish_reason for delta in ends.values()} == {"length"}
+        assert loop.pool.num_swapped == 0
+    assert roomy.stats.swaps > 0
+    assert tight.stats.preemptions > tight.stats.swaps  # no room on the host: recomputed
+
+
+def test_a_failed_step_repeats_its_swaps(tokenizer, monkeypatch):
+    wanted, _ = drive(fresh(max_running=1), submits(tokenizer))
+    loop = fresh(policy="swap", kv_bytes=8 * 16 * 4096, swap_bytes=8 * 16 * 4096)
+    real, failed = loop.engine.run, []
+
+    def run(plan, *rest):
+        if len(plan.swap_in) and len(failed) < 1:
+            failed.append(plan.id)
+            raise OSError("injected")
+        return real(plan, *rest)
+
+    monkeypatch.setattr(loop.engine, "run", run)
+    got, _ = drive(loop, submits(tokenizer))
+    assert failed and got == wanted
+
+
+def test_hidden_states_count_in_the_memory_budget(tokenizer):
+    chunks, layers = (fresh(kv_bytes=4 << 20, policy=p) for p in ("fcfs", "layered"))
+    budget = layers.engine.hidden_budget
+    assert budget > 0 and chunks.engine.hidden_budget == 0
+    assert layers.engine.kv_bytes + budget <= 4 << 20
+    assert layers.pool.num_blocks < chunks.pool.num_blocks
+    long = [Submit("a", (tokenizer.encode(TEXT) * 20)[:300], max_tokens=2)]
+    assert drive(layers, long)[0] == drive(chunks, long)[0]
+
+
 def test_seeded_sampling_does_not_depend_on_scheduling(tokenizer):
     options = {"temperature": 1.0, "seed": 5, "top_p": 0.9}
     alone, _ = drive(fresh(max_running=1), submits(tokenizer, **options))

@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from pyruntime import ops
 from pyruntime.engine.config import ModelConfig
 from pyruntime.engine.loader import LayerWeights, Weights
-from pyruntime.engine.step import ExpertBackend, Floats, Ints, Rows, StepResult
+from pyruntime.engine.step import ExpertBackend, Floats, Rows, StepResult
 from pyruntime.engine.step import add_time as _add
+from pyruntime.kv import KvStorage
 
 __all__ = ["Layers"]
 
@@ -25,11 +26,11 @@ class Layers:
     config : ModelConfig
     weights : Weights
     experts : ExpertBackend
-    kv : float32 [layers, 2, blocks, block size, kv heads, head dim]
+    kv : KvStorage
     """
 
     def __init__(
-        self, config: ModelConfig, weights: Weights, experts: ExpertBackend, kv: Floats
+        self, config: ModelConfig, weights: Weights, experts: ExpertBackend, kv: KvStorage
     ) -> None:
         self.config = config
         self.weights = weights
@@ -45,7 +46,6 @@ class Layers:
         x: Floats,
         rows: Rows,
         chosen: slice | NDArray[np.int64],
-        tables: Ints,
         result: StepResult,
         bad_tokens: NDArray[np.bool_],
     ) -> Iterator[tuple[int, str]]:
@@ -73,22 +73,34 @@ class Layers:
         positions = np.ascontiguousarray(rows.positions[chosen])
         ops.rope(q, positions, self._cos, self._sin)
         ops.rope(k, positions, self._cos, self._sin)
-        k_cache, v_cache = self.kv[layer]
-        slots = np.ascontiguousarray(rows.slots[chosen])
+        k_cache, v_cache = self.kv.keys[layer], self.kv.values[layer]
+        group = self.kv.group_of[layer]
+        where = rows.groups[group]
+        slots = np.ascontiguousarray(where.slots[chosen])
         ops.kv_write(k_cache, v_cache, slots, k, v.reshape(n, c.kv_heads, c.head_dim))
         _add(result.seconds, "attention", clock)
         yield layer, "attention"
         clock = time.perf_counter()
+        visible = np.ascontiguousarray(where.visible[chosen])
+        above = None
+        if rows.alpha is not None:
+            above = np.empty((n, int(visible.max(initial=0))), np.uint8)
         attended = ops.paged_attention(
             q,
             k_cache,
             v_cache,
-            tables,
+            where.tables,
             np.ascontiguousarray(rows.table_rows[chosen]),
-            np.ascontiguousarray(rows.visible[chosen]),
+            visible,
             c.head_dim**-0.5,
             c.windows[layer],
+            alpha=rows.alpha,
+            above=above,
         )
+        if above is not None:
+            pieces, first = np.unique(rows.row_piece[chosen], return_index=True)
+            marks = result.marks[group][:, : above.shape[1]]
+            marks[pieces] |= np.bitwise_or.reduceat(above, first, axis=0)
         _add(result.seconds, "attention", clock)
         yield layer, "output"
         clock = time.perf_counter()

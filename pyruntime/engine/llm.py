@@ -33,6 +33,7 @@ def make_loop(
     kv_bytes: int = 1 << 30,
     max_running: int = 64,
     max_queued: int = 1024,
+    swap_bytes: int = 0,
     progress: Progress | None = None,
 ) -> EngineLoop:
     """Load a model and everything that serves it.
@@ -41,22 +42,35 @@ def make_loop(
     ----------
     model : path
         A Hugging Face model directory.
-    policy : {"fcfs", "layered"}
+    policy : {"fcfs", "layered", "swap"}
     kv_bytes : int, default 1 GiB
-        Upper limit of the KV cache; no more than `max_running` full contexts is taken.
+        Upper limit of the KV cache and of the hidden states that a layered prefill keeps; no more
+        than `max_running` full contexts is taken.
     max_running, max_queued : int
+    swap_bytes : int, default 0
+        Memory for preempted requests' keys and values; only policy ``swap`` uses it.
     progress : callable, optional
         Called with (layers loaded, layers).
     """
     config = ModelConfig.load(model)
     block_bytes = config.num_layers * 2 * BLOCK_SIZE * config.kv_heads * config.head_dim * 4
-    useful = max_running * -(-config.max_len // BLOCK_SIZE)
-    num_blocks = min(useful, kv_bytes // block_bytes)
+    chosen = preset(policy)
+    useful = max_running * config.max_len
+    hidden_tokens = min(getattr(chosen.partition, "max_tokens", 0), useful)
+    hidden_budget = min(hidden_tokens * config.hidden * 4, kv_bytes // 4)
+    num_blocks = min(-(-useful // BLOCK_SIZE), (kv_bytes - hidden_budget) // block_bytes)
     if num_blocks < 1:
         raise InvalidArgumentError(f"kv_bytes is {kv_bytes}; one block takes {block_bytes} bytes")
-    chosen = preset(policy)
-    engine = Engine.load(model, num_blocks, BLOCK_SIZE, progress)
-    pool = ReferenceBlockPool(num_blocks, BLOCK_SIZE, config.num_layers)
+    engine = Engine.load(model, num_blocks, BLOCK_SIZE, progress, hidden_budget=hidden_budget)
+    groups = engine.kv.groups
+    pool = ReferenceBlockPool(
+        num_blocks,
+        BLOCK_SIZE,
+        config.num_layers,
+        groups,
+        swap_bytes * len(groups) // block_bytes,
+        engine.kv,
+    )
     return EngineLoop(engine, pool, chosen, max_running=max_running, max_queued=max_queued)
 
 

@@ -12,7 +12,7 @@ import logging
 import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,8 +21,8 @@ from pyruntime import ops
 from pyruntime.engine.messages import Delta, Submit, TokenLogprobs
 from pyruntime.engine.runner import Engine, StepResult
 from pyruntime.errors import CapacityError, Error
-from pyruntime.kv import ReferenceBlockPool
-from pyruntime.sched import Policy, Request, Resources, Scheduler, State, StepPlan
+from pyruntime.kv import BlockPool
+from pyruntime.sched import Policy, Preempt, Request, Resources, Scheduler, State, StepPlan
 
 __all__ = ["EngineLoop", "StepRecord"]
 
@@ -58,6 +58,7 @@ class LoopStats:
     prompt_tokens: int = 0
     generated_tokens: int = 0
     preemptions: int = 0
+    swaps: int = 0
     seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     finished: Counter[str] = field(default_factory=Counter)
     expert_bytes: int = 0
@@ -69,7 +70,7 @@ class EngineLoop:
     Parameters
     ----------
     engine : Engine
-    pool : ReferenceBlockPool
+    pool : BlockPool
         With as many blocks as the engine has, of the same size.
     policy : Policy, optional
     max_running, max_queued : int
@@ -81,7 +82,7 @@ class EngineLoop:
     def __init__(
         self,
         engine: Engine,
-        pool: ReferenceBlockPool,
+        pool: BlockPool,
         policy: Policy | None = None,
         *,
         max_running: int = 64,
@@ -92,6 +93,9 @@ class EngineLoop:
         self.pool = pool
         config = engine.config
         resources = Resources(config.num_layers, config.max_len, max_running, max_queued)
+        if engine.hidden_budget is not None:
+            most = engine.hidden_budget // (config.hidden * 4)
+            resources = replace(resources, hidden_tokens=most)
         self.scheduler = Scheduler(resources, policy)
         self.stop = ops.StopFlag()
         self.stats = LoopStats()
@@ -162,6 +166,7 @@ class EngineLoop:
         if plan is None:
             return deltas
         self.stats.preemptions += len(plan.preempt)
+        self.stats.swaps += len(plan.swap_out)
         try:
             result = self._run(plan)
         except Exception as error:
@@ -193,14 +198,15 @@ class EngineLoop:
 
     def _run(self, plan: StepPlan) -> StepResult:
         grow = [(int(r), int(tokens)) for r, tokens in plan.kv_after]
-        free = [int(r) for r, _ in plan.preempt]
+        free = [int(r) for r, mode in plan.preempt if mode == Preempt.RECOMPUTE]
+        swaps = plan.swap_out.tolist(), plan.swap_in.tolist()
         for request, _ in grow:
             if not self.pool.knows(request):
                 live = self._live[request]
                 live.request.cached_len = self.pool.admit(
                     request, self.engine.tokens(request), live.submit.tenant.encode()
                 )
-        return self.engine.run(plan, self.pool.step(grow, free), self.stop)
+        return self.engine.run(plan, self.pool.step(grow, free, *swaps), self.stop)
 
     def _account(self, plan: StepPlan, result: StepResult, deltas: list[Delta]) -> None:
         layers = self.engine.config.num_layers
@@ -209,6 +215,8 @@ class EngineLoop:
         for request, _, high, _, layer_hi in plan.prefill.tolist():
             if layer_hi < layers:
                 self.pool.commit(request, high, layer_hi)
+        if result.marks:
+            self.pool.observe(plan.requests(), result.marks)
         self.scheduler.step_done(plan, result.requests)
         if result.expert_tokens is not None and result.expert_bytes is not None:
             self.expert_tokens += result.expert_tokens
@@ -285,6 +293,7 @@ class EngineLoop:
             "steps": stats.steps,
             "step_errors": stats.step_errors,
             "preemptions": stats.preemptions,
+            "swaps": stats.swaps,
             "prompt_tokens": stats.prompt_tokens,
             "generated_tokens": stats.generated_tokens,
             "expert_bytes": stats.expert_bytes,

@@ -7,9 +7,10 @@ tables that ``pool.step`` made for it (`pyruntime.kv`). `stop` is a native flag,
 operator. The engine owns
 
 - the tokens and sampling parameters of each request (`add`, `remove`),
-- the KV cache arrays, [layers, 2, blocks, block size, kv heads, head dim] in float32; the pool owns
-  who uses which block,
-- the hidden states of prefill pieces between layer slices; `hidden_bytes` counts them.
+- the KV cache arrays (`kv`, a `KvStorage`); the pool owns who uses which block of which group,
+- the hidden states of prefill pieces between layer slices; `hidden_bytes` counts them, and
+  `hidden_budget` bounds them: a plan that would keep more is refused. Who gives an engine its
+  memory counts both (`pyruntime.engine.llm.make_loop`).
 
 Atomic: what a plan computes becomes visible (tokens, hidden states) only when all of it is done. If
 `run` raises, nothing has advanced and the same plan may be run again; KV slots that were written
@@ -21,7 +22,7 @@ prefill nor the company in a step changes a bit of a request's logits. The rando
 sampled token is a function of the request's seed and the token's position.
 
 Threads: one thread runs an engine; the operators use the process's pool. `device` and `stream` of
-tables and result say where their arrays live: ``"cpu"`` and 0.
+plan, tables, storage and result say where their arrays live: ``"cpu"`` and 0.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -42,6 +44,7 @@ from pyruntime.engine.sampling import SamplingParams
 from pyruntime.engine.step import (
     OPERATORS,
     ExpertBackend,
+    GroupRows,
     Hidden,
     Ints,
     Piece,
@@ -51,11 +54,11 @@ from pyruntime.engine.step import (
     add_time,
 )
 from pyruntime.errors import CapacityError, InvalidArgumentError, NotFoundError, StateError
-from pyruntime.kv import StepTables
+from pyruntime.kv import KvGroup, KvStorage, StepTables
 from pyruntime.moe import ReferenceExperts
 from pyruntime.sched import StepPlan
 
-__all__ = ["OPERATORS", "Engine", "ExpertBackend", "Piece", "StepResult"]
+__all__ = ["OPERATORS", "Engine", "ExpertBackend", "Piece", "StepResult", "kv_groups"]
 
 
 @dataclass(slots=True)
@@ -65,6 +68,14 @@ class _Open:
     steps: Iterator[tuple[int, str]]
     result: StepResult
     at: tuple[int, str] = (0, OPERATORS[0])
+
+
+def kv_groups(config: ModelConfig, block_size: int) -> list[KvGroup]:
+    """Return the KV groups of a model: its layers by the window they attend to."""
+    layers: dict[int, list[int]] = {}
+    for layer, window in enumerate(config.windows):
+        layers.setdefault(window, []).append(layer)
+    return [KvGroup(tuple(some), window, block_size) for window, some in layers.items()]
 
 
 class Engine:
@@ -80,7 +91,14 @@ class Engine:
         Tokens per block.
     experts : ExpertBackend, optional
         Float32 experts in memory by default.
+    storage : KvStorage, optional
+        K and V, with the groups of `kv_groups`; allocated by default.
+    hidden_budget : int, optional
+        Bytes of hidden states kept between layer slices at most; unlimited by default.
     """
+
+    device = "cpu"
+    stream = 0
 
     def __init__(
         self,
@@ -89,16 +107,21 @@ class Engine:
         num_blocks: int,
         block_size: int = 16,
         experts: ExpertBackend | None = None,
+        storage: KvStorage | None = None,
+        hidden_budget: int | None = None,
     ) -> None:
         self.config = config
         self.weights = weights
         self.block_size = block_size
         self.experts = experts or ReferenceExperts(weights.experts)
         c = config
-        self._kv = np.zeros(  # pages appear as blocks are first written
-            (c.num_layers, 2, num_blocks, block_size, c.kv_heads, c.head_dim), np.float32
+        self.kv = storage or KvStorage.allocate(
+            kv_groups(c, block_size), num_blocks, c.kv_heads, c.head_dim
         )
-        self._layers = Layers(config, weights, self.experts, self._kv)
+        if [g.window for g in self.kv.groups] != [g.window for g in kv_groups(c, block_size)]:
+            raise InvalidArgumentError("the storage's KV groups are not this model's")
+        self.hidden_budget = hidden_budget
+        self._layers = Layers(config, weights, self.experts, self.kv)
         self._sequences: dict[int, Sequence] = {}
         self._hidden: dict[int, Hidden] = {}
         self._open: dict[int, _Open] = {}
@@ -110,10 +133,15 @@ class Engine:
         num_blocks: int,
         block_size: int = 16,
         progress: Progress | None = None,
+        **options: Any,
     ) -> Engine:
-        """Load a Hugging Face model directory; errors as in `ModelConfig.load`, `load_weights`."""
+        """Load a Hugging Face model directory; errors as in `ModelConfig.load`, `load_weights`.
+
+        `options` are the constructor's.
+        """
         config = ModelConfig.load(directory)
-        return cls(config, load_weights(directory, config, progress), num_blocks, block_size)
+        weights = load_weights(directory, config, progress)
+        return cls(config, weights, num_blocks, block_size, **options)
 
     # Requests
 
@@ -163,7 +191,7 @@ class Engine:
     @property
     def kv_bytes(self) -> int:
         """Bytes of the KV cache arrays."""
-        return self._kv.nbytes
+        return self.kv.nbytes
 
     # Steps
 
@@ -206,7 +234,13 @@ class Engine:
                 expert_tokens=np.zeros((c.num_layers, c.num_experts), np.int64),
                 expert_bytes=np.zeros(c.num_layers, np.int64),
             )
-            steps = self._execute(plan, rows, tables.tables, result, return_logits)
+            if len(tables.copies):
+                self.kv.copy_blocks(tables.copies)
+            if rows.alpha is not None:
+                for index, group in enumerate(rows.groups):
+                    shape = (len(rows.requests), int(group.visible.max(initial=0)))
+                    result.marks[index] = np.zeros(shape, np.uint8)
+            steps = self._execute(plan, rows, result, return_logits)
             current = _Open(steps, result)
         result = current.result
         for at in current.steps:
@@ -214,10 +248,16 @@ class Engine:
             if stop is not None and stop.is_set():
                 result.stopped = True
                 result.reached = self._reached(plan, *at)
+                result.status = dict.fromkeys(plan.requests(), "stopped")
                 self._open[plan.id] = current
                 return result
         result.stopped = False
         result.reached = self._reached(plan, self.config.num_layers, "")
+        result.status = {
+            **dict.fromkeys(plan.requests(), "advanced"),
+            **dict.fromkeys(result.requests, "sampled"),
+            **dict.fromkeys(result.failed, "failed"),
+        }
         return result
 
     def drop(self, plan_id: int) -> None:
@@ -270,7 +310,6 @@ class Engine:
         np.cumsum(lengths, out=starts[1:])
         row_piece = np.repeat(np.arange(len(spans), dtype=np.int32), lengths)
         lows = np.array([low for low, _ in spans], np.int32)
-        # Rotary position and slot agree here: no sequence has holes yet.
         positions = np.arange(starts[-1], dtype=np.int32) - (starts[:-1] - lows)[row_piece]
         try:
             piece_rows = np.array([tables.row_of[r] for r in requests], np.int32)
@@ -279,12 +318,26 @@ class Engine:
         table_rows = piece_rows[row_piece]
         if positions.size and positions.max() >= c.max_len:
             raise CapacityError(f"a sequence reached the context of {c.max_len} tokens")
-        block, offset = np.divmod(positions, self.block_size)
-        if block.size and block.max() >= tables.tables.shape[1]:
-            raise StateError("a block table is shorter than its sequence")
-        slots = tables.tables[table_rows, block].astype(np.int64) * self.block_size + offset
-        if (slots < 0).any():
-            raise StateError("a token's block is missing from its table")
+        if len(tables.groups) != len(self.kv.groups):
+            raise StateError(f"the model has {len(self.kv.groups)} KV groups")
+        groups = []
+        for group in tables.groups:
+            slot = positions - group.shift[table_rows]
+            block, offset = np.divmod(slot, group.block_size)
+            if block.size and (block.max() >= group.tables.shape[1] or block.min() < 0):
+                raise StateError("a block table is shorter than its sequence")
+            slots = group.tables[table_rows, block].astype(np.int64) * group.block_size + offset
+            if (slots < 0).any():
+                raise StateError("a token's block is missing from its table")
+            groups.append(GroupRows(group.tables, slots, (slot + 1).astype(np.int32)))
+        kept = sum(
+            h - lo for (lo, h), (_, last) in zip(spans, ranges, strict=True) if last < layers
+        )
+        if self.hidden_budget is not None and kept * c.hidden * 4 > self.hidden_budget:
+            raise CapacityError(
+                f"{kept} tokens between layer slices take {kept * c.hidden * 4} bytes of hidden "
+                f"states; the budget is {self.hidden_budget}"
+            )
         layer_ranges = np.array(ranges, np.int32).reshape(-1, 2)
         return Rows(
             requests,
@@ -293,16 +346,15 @@ class Engine:
             layer_ranges[:, 1],
             row_piece,
             positions.astype(np.int32),
-            slots,
-            (positions + 1).astype(np.int32),
             table_rows,
+            groups,
+            tables.alpha,
         )
 
     def _execute(
         self,
         plan: StepPlan,
         rows: Rows,
-        tables: Ints,
         result: StepResult,
         return_logits: bool,
     ) -> Iterator[tuple[int, str]]:
@@ -330,11 +382,11 @@ class Engine:
             if not active.any():
                 continue
             if active.all():
-                yield from self._layers.run(layer, x, rows, slice(None), tables, result, bad_tokens)
+                yield from self._layers.run(layer, x, rows, slice(None), result, bad_tokens)
             else:
                 chosen = np.flatnonzero(active[rows.row_piece])
                 some = x[chosen]
-                yield from self._layers.run(layer, some, rows, chosen, tables, result, bad_tokens)
+                yield from self._layers.run(layer, some, rows, chosen, result, bad_tokens)
                 x[chosen] = some
         yield c.num_layers, "logits"
         clock = time.perf_counter()
@@ -354,6 +406,8 @@ class Engine:
             )
         for piece in np.flatnonzero((rows.layer_lo > 0) & (rows.layer_hi == c.num_layers)).tolist():
             del self._hidden[rows.requests[piece]]
+        for request in plan.preempt[:, 0].tolist():  # it starts its slices anew
+            self._hidden.pop(request, None)
         for request, token in sampled:
             self._sequences[request].append(token)
         add_time(result.seconds, "sampling", clock)

@@ -82,6 +82,12 @@ class StepResult:
     sampled: ops.SampleResult | None
     failed: dict[int, str] = field(default_factory=dict)
     """Requests that cannot go on, and why; they are not in `requests`."""
+    status: dict[int, str] = field(default_factory=dict)
+    """Every request of the plan: "sampled", "advanced" (its piece ends before the last token or
+    layer), "failed", or "stopped"."""
+    marks: dict[int, NDArray[np.uint8]] = field(default_factory=dict)
+    """If the tables asked: KV group to [requests of the plan, slots], 1 where in any layer of the
+    group any head of any of the request's queries gave a slot more than `alpha`."""
     logits: Floats | None = None
     """[len(requests), vocab], if asked for."""
     seconds: dict[str, float] = field(default_factory=dict)
@@ -125,6 +131,15 @@ class Hidden:
 
 
 @dataclass(slots=True)
+class GroupRows:
+    """Where the rows of a step live in one KV group."""
+
+    tables: Ints
+    slots: NDArray[np.int64]
+    visible: Ints
+
+
+@dataclass(slots=True)
 class Rows:
     """The token rows of a step: decodes first, then the pieces in order."""
 
@@ -134,9 +149,9 @@ class Rows:
     layer_hi: Ints
     row_piece: Ints
     positions: Ints
-    slots: NDArray[np.int64]
-    visible: Ints
     table_rows: Ints
+    groups: list[GroupRows]
+    alpha: float | None = None
 
 
 def add_time(seconds: dict[str, float], stage: str, since: float) -> float:

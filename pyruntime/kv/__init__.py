@@ -7,23 +7,42 @@ The pool alone owns block ids, block tables, eviction and copies. Everybody else
 - ``admit(request, tokens, namespace, reserve) -> cached``: make a request known; returns how many
   of its first tokens are in memory already. `reserve` tokens count as promised.
 - ``dry_run(grow, free) -> blocks left``: what a step would leave, negative for a deficit. ``grow``
-  holds (request, tokens it then holds), ``free`` requests whose blocks return first. No change.
-- ``step(grow, free) -> StepTables``: all or nothing. `CapacityError` leaves everything as it was.
+  holds (request, tokens it then holds), ``free`` requests whose blocks return first, freed or
+  swapped out. No change. With several groups: of the group where least is left.
+- ``step(grow, free, swap_out, swap_in) -> StepTables``: all or nothing. `CapacityError` leaves
+  everything as it was. Swapping out what is out, or in what is in, does nothing, so that the step
+  of a failed plan may be repeated.
 - ``commit(request, tokens, layers)``: the first `tokens` are valid in `layers` layers. Only what is
-  valid in all of them may ever be shared.
-- ``free(request)``: its blocks return.
+  valid in all of them may ever be shared, and only then may a sliding window release blocks.
+- ``observe(requests, marks)``: the attention marks of a step whose tables had `alpha`.
+- ``free(request)``: its blocks return, in every tier.
 - ``fits(tokens)``: whether a lone sequence of `tokens` could ever fit. ``promised``: blocks that
-  admitted requests reserved and do not hold yet.
+  admitted requests reserved and do not hold yet. ``can_swap(request)``: whether a lower tier has
+  room for its blocks.
 
 Tables
 ------
-`StepTables.tables` is int32 [rows, max blocks], row ``row_of[request]`` holding the request's block
-ids in order, -1 behind them or where a hole is. Slot s of a sequence lives in block
-``tables[row, s // block_size]`` at offset ``s % block_size``. The slot is not the rotary position:
-once slots are freed inside a sequence, the two differ. `device` and `stream` say where the arrays
-live and which work they are ordered after; here ``"cpu"`` and 0.
+Layers that attend alike form a `KvGroup`: all full-attention layers one, all layers of a sliding
+window another. Each group has its own blocks, ids and tables. `StepTables.groups[g].tables` is
+int32 [rows, max blocks], row ``row_of[request]`` holding the request's block ids in order, -1
+behind them or where a hole is: a block whose tokens were evicted, or which the window has left
+behind. Slot s of a sequence lives in block ``tables[row, s // block_size]`` at offset ``s %
+block_size``; the engine derives the slot mapping from that. The slot is not the rotary position:
+once kept tokens are moved together inside a sequence, positions run ahead of slots by ``shift``.
+
+K and V are addressed by base, strides and dtype (`KvStorage`), so a pool may lay them out as it
+likes. Tables, storage, plan and result each say in `device` and `stream` where their arrays live
+and which work they are ordered after; here ``"cpu"`` and 0.
 """
 
-from pyruntime.kv.reference import ReferenceBlockPool, StepTables
+from pyruntime.kv.reference import ReferenceBlockPool
+from pyruntime.kv.tables import BlockPool, GroupTable, KvGroup, KvStorage, StepTables
 
-__all__ = ["ReferenceBlockPool", "StepTables"]
+__all__ = [
+    "BlockPool",
+    "GroupTable",
+    "KvGroup",
+    "KvStorage",
+    "ReferenceBlockPool",
+    "StepTables",
+]

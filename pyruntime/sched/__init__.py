@@ -9,6 +9,7 @@ from pyruntime.sched.parts import (
     LayeredPrefill,
     PromptFits,
     TailRecompute,
+    TailSwap,
 )
 from pyruntime.sched.plan import Preempt, StepPlan, make_plan
 
@@ -28,6 +29,7 @@ __all__ = [
     "State",
     "StepPlan",
     "TailRecompute",
+    "TailSwap",
     "make_plan",
     "preset",
 ]

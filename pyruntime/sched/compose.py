@@ -19,6 +19,7 @@ from pyruntime.sched.parts import (
     Preemption,
     PromptFits,
     TailRecompute,
+    TailSwap,
 )
 
 __all__ = ["PRESETS", "Explanation", "KvView", "Policy", "preset"]
@@ -37,6 +38,10 @@ class KvView(Protocol):
 
     def fits(self, tokens: int) -> bool:
         """Whether a sequence of `tokens` can ever fit."""
+        ...
+
+    def can_swap(self, request: int) -> bool:
+        """Whether the request's blocks could move to a lower tier now."""
         ...
 
     @property
@@ -66,7 +71,11 @@ def _layered() -> Policy:
     return Policy("layered", partition=LayeredPrefill())
 
 
-PRESETS = {"fcfs": _fcfs, "layered": _layered}
+def _swap() -> Policy:
+    return Policy("swap", preemption=TailSwap())
+
+
+PRESETS = {"fcfs": _fcfs, "layered": _layered, "swap": _swap}
 
 
 def preset(name: str) -> Policy:
@@ -74,9 +83,10 @@ def preset(name: str) -> Policy:
 
     Parameters
     ----------
-    name : {"fcfs", "layered"}
+    name : {"fcfs", "layered", "swap"}
         ``fcfs`` is first come first served with chunked prefill; ``layered`` cuts long prefills
-        along layers instead, chosen per batch.
+        along layers instead, chosen per batch; ``swap`` is ``fcfs`` that keeps what it preempts in
+        a lower tier instead of computing it anew.
 
     Raises
     ------

@@ -32,6 +32,8 @@ MAX_BYPASS = 8
 MAX_BYPASS_S = 2.0
 MAX_POLICY_FAULTS = 10
 
+_WAITING = (State.QUEUED, State.SWAPPED)
+
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
@@ -153,6 +155,7 @@ class Scheduler:
                     charge(request.tenant, 0, 1)
         for request_id, low, high, _, layer_hi in plan.prefill.tolist():
             if request := self.requests.get(request_id):
+                request.swapped = False
                 if layer_hi < layers:
                     request.layer_done, request.slice_hi = layer_hi, high
                 else:
@@ -220,14 +223,21 @@ class Scheduler:
             if only is not None:  # preempted meanwhile: nothing to learn from this group now
                 self._suspects.popleft()
             elif len(self.running) > 1:  # memory is full of half-done prompts
-                self._preempt_one(preempted)
+                self._preempt_one(pool, preempted)
             else:
                 break
         if not decode and not pieces and not preempted:
             return None
         self._next_plan += 1
         self._plan = make_plan(
-            self._next_plan, [r.id for r in decode], pieces, grow, preempted, bool(pieces)
+            self._next_plan,
+            [r.id for r in decode],
+            pieces,
+            grow,
+            preempted,
+            bool(pieces),
+            [request_id for request_id, mode in preempted if mode == Preempt.SWAP],
+            [piece[0] for piece in pieces if self.requests[piece[0]].swapped],
         )
         return self._plan
 
@@ -242,14 +252,14 @@ class Scheduler:
         request = self.requests.get(request_id)
         if request is None:
             raise NotFoundError(f"request {request_id} is unknown or has ended")
-        if request.state is not State.QUEUED:
+        if request.state not in _WAITING:
             return Explanation(request.state.value, "running", None, request.wait_since, -1)
         position = next(i for i, (_, r) in enumerate(self._waiting) if r is request)
         if position and not request.wait_reason:
             ahead = self._waiting[position - 1][1].id
-            return Explanation("queued", "behind", ahead, request.wait_since, position)
+            return Explanation(request.state.value, "behind", ahead, request.wait_since, position)
         reason = request.wait_reason or "budget"
-        return Explanation("queued", reason, None, request.wait_since, position)
+        return Explanation(request.state.value, reason, None, request.wait_since, position)
 
     @property
     def num_waiting(self) -> int:
@@ -282,7 +292,7 @@ class Scheduler:
             left = pool.dry_run(grow, [request_id for request_id, _ in preempted])
             if left >= 0 or len(self.running) < 2:
                 break
-            self._preempt_one(preempted)
+            self._preempt_one(pool, preempted)
         prefilling = [r for r in eligible if r.state is State.PREFILL]
         closed = bool(preempted) or only is not None
         kept: list[Piece] = []
@@ -300,19 +310,20 @@ class Scheduler:
             kept.append((request_id, low, high, layer_lo, layer_hi))
         return decode, kept, grow
 
-    def _preempt_one(self, preempted: list[tuple[int, int]]) -> None:
+    def _preempt_one(self, pool: KvView, preempted: list[tuple[int, int]]) -> None:
         victim = self._ask("preemption", lambda: self.policy.preemption.victim(self.running))
         if victim not in self.running:
             self.faults["preemption"] += 1
             victim = self.running[-1]
-        self._preempt(victim)
-        preempted.append((victim.id, int(Preempt.RECOMPUTE)))
-
-    def _preempt(self, request: Request) -> None:
-        self.running.remove(request)
-        request.computed = request.layer_done = request.slice_hi = request.cached_len = 0
-        request.num_preempted += 1
-        self._enqueue(request, "preempted")
+        mode = getattr(self.policy.preemption, "mode", Preempt.RECOMPUTE)
+        victim.swapped = mode is Preempt.SWAP and not preempted and pool.can_swap(victim.id)
+        self.running.remove(victim)
+        victim.layer_done = victim.slice_hi = 0
+        if not victim.swapped:
+            victim.computed = victim.cached_len = 0
+        victim.num_preempted += 1
+        self._enqueue(victim, "swapped" if victim.swapped else "preempted")
+        preempted.append((victim.id, int(Preempt.SWAP if victim.swapped else Preempt.RECOMPUTE)))
 
     def _pieces(
         self,
@@ -400,7 +411,7 @@ class Scheduler:
             self.waits[reason] += 1
 
     def _enqueue(self, request: Request, reason: str) -> None:
-        request.state = State.QUEUED
+        request.state = State.SWAPPED if reason == "swapped" else State.QUEUED
         request.wait_reason = "" if reason == "queue" else reason
         key = self._ask("ordering", lambda: self.policy.ordering.key(request))
         if any(math.isnan(part) for part in key):
@@ -416,7 +427,7 @@ class Scheduler:
         self._waiting.insert(low, (key, request))
 
     def _end(self, request: Request, state: State) -> None:
-        if request.state is State.QUEUED:
+        if request.state in _WAITING:
             self._waiting = [entry for entry in self._waiting if entry[1] is not request]
         elif request in self.running:
             self.running.remove(request)

@@ -58,6 +58,8 @@ class Request:
     layer_done: int = 0
     slice_hi: int = 0
     layers_per_slice: int = 0
+    swapped: bool = False
+    """Whether the pool keeps its blocks in a lower tier."""
     num_preempted: int = 0
     bypassed: int = 0
     unfit_since: float = math.inf
@@ -86,3 +88,5 @@ class Resources:
     """Longest sequence, prompt and output, in tokens."""
     max_running: int = 64
     max_queued: int = 1024
+    hidden_tokens: int = 8192
+    """Tokens whose hidden states may wait between layer slices."""

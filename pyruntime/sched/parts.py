@@ -25,7 +25,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from pyruntime.sched.model import Request, Resources
-from pyruntime.sched.plan import Piece
+from pyruntime.sched.plan import Piece, Preempt
 
 __all__ = [
     "Admission",
@@ -39,6 +39,7 @@ __all__ = [
     "Preemption",
     "PromptFits",
     "TailRecompute",
+    "TailSwap",
 ]
 
 Next = Callable[[int], Request | None]
@@ -92,7 +93,13 @@ class Batching(Protocol):
 
 
 class Preemption(Protocol):
-    """Chooses who gives way."""
+    """Chooses who gives way, and how it continues.
+
+    With mode `Preempt.SWAP` its blocks move to a lower tier where that has room; where it has not,
+    the request is recomputed.
+    """
+
+    mode: Preempt
 
     def victim(self, running: Sequence[Request]) -> Request:
         """Return one of `running`, which is in order of admission and has at least two members."""
@@ -121,9 +128,17 @@ class PromptFits:
 class TailRecompute:
     """The last admitted request of the lowest priority gives way and is recomputed later."""
 
+    mode = Preempt.RECOMPUTE
+
     def victim(self, running: Sequence[Request]) -> Request:
         """See `Preemption`."""
         return min(reversed(running), key=lambda request: request.priority)
+
+
+class TailSwap(TailRecompute):
+    """The same one gives way, but its keys and values are kept in a lower tier."""
+
+    mode = Preempt.SWAP
 
 
 class ChunkedPrefill:
@@ -200,13 +215,14 @@ class LayeredPrefill:
             return [self._next(request, limits) for request in batch]
         batch = list(prefilling)
         total = sum(request.to_prefill for request in batch)
-        while total < self.max_tokens and (taken := take(self.max_tokens - total)) is not None:
+        most = min(self.max_tokens, limits.hidden_tokens)
+        while total < most and (taken := take(most - total)) is not None:
             batch.append(taken)
             total += taken.to_prefill
-        if total < self.min_tokens:
+        if total < self.min_tokens or most < self.min_tokens:
             return self._chunks.cut(batch, num_decode, limits, lambda _: None)
         pieces = []
-        left = self.max_tokens
+        left = most
         groups = min(limits.num_layers, -(-min(total, left) // self.target))
         for request in batch:
             if left <= 0:

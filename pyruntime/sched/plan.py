@@ -10,14 +10,18 @@ it without Python objects:
   chunked prefill, along layers layered prefill; both cuts may be combined. A piece whose
   ``layer_hi`` is the model's layer count completes its tokens; if it also reaches the request's
   last known token, the step samples the next one.
-- ``swap_out``, ``swap_in``, ``pin``, ``unpin``: requests for the KV pool, before the step.
-- ``preempt``: rows (request, mode of `Preempt`), before the step: its blocks are freed.
+- ``preempt``: rows (request, mode of `Preempt`), before the step: its blocks are freed, or kept
+  elsewhere if it is in ``swap_out`` too.
+- ``swap_out``, ``swap_in``, ``pin``, ``unpin``: requests for the KV pool, before the step. What is
+  swapped in also computes in the step.
 - ``kv_after``: rows (request, tokens): what each request of the plan holds once the step is done.
 
 Order of a step: ``pool.dry_run`` → the policy picks victims → plan → ``pool.step(plan)`` →
 ``engine.run(plan, tables, stop)`` → ``pool.commit(request, tokens, layers)`` →
 ``scheduler.step_done(result)``. A plan is atomic: when `run` raises, nothing has advanced, and the
 same plan may be run again.
+
+The arrays live on `device`, ordered after the work of `stream`; here the host's: ``"cpu"`` and 0.
 """
 
 from __future__ import annotations
@@ -66,6 +70,8 @@ class StepPlan:
     unpin: Ints = field(default_factory=_none)
     preemptible: bool = False
     est_seconds: float = 0.0
+    device: str = "cpu"
+    stream: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -84,6 +90,8 @@ def make_plan(
     kv_after: Sequence[tuple[int, int]],
     preempt: Sequence[tuple[int, int]] = (),
     preemptible: bool = False,
+    swap_out: Sequence[int] = (),
+    swap_in: Sequence[int] = (),
 ) -> StepPlan:
     """Pack lists into a plan's arrays."""
     return StepPlan(
@@ -92,5 +100,7 @@ def make_plan(
         np.array(prefill, np.int32).reshape(-1, 5),
         np.array(kv_after, np.int32).reshape(-1, 2),
         np.array(preempt, np.int32).reshape(-1, 2),
+        swap_out=np.array(swap_out, np.int32),
+        swap_in=np.array(swap_in, np.int32),
         preemptible=preemptible,
     )

@@ -1,0 +1,195 @@
+"""What a pool and an engine exchange: groups of layers, block tables, and where K and V live."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pyruntime.errors import InvalidArgumentError
+
+__all__ = ["BlockPool", "GroupTable", "KvGroup", "KvStorage", "StepTables"]
+
+Floats = NDArray[np.float32]
+Ints = NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True)
+class KvGroup:
+    """Layers that share block tables."""
+
+    layers: tuple[int, ...]
+    window: int = 0
+    """0, or the last `window` tokens are all a query attends to: older blocks may be released."""
+    block_size: int = 16
+
+
+@dataclass(slots=True)
+class GroupTable:
+    """Block tables of one group in one step."""
+
+    tables: Ints
+    """[rows, max blocks]: block ids in order of slots; -1 behind them and where a hole is."""
+    block_size: int
+    shift: Ints
+    """[rows]: rotary position minus slot of the tokens that the step writes. Compaction, which
+    moves kept tokens to lower slots, raises it; 0 otherwise."""
+
+
+def _no_copies() -> Ints:
+    return np.empty((0, 3), np.int32)
+
+
+@dataclass(slots=True)
+class StepTables:
+    """Everything a step needs to know of the pool; see `pyruntime.kv`."""
+
+    groups: list[GroupTable]
+    row_of: dict[int, int]
+    """Request to row, in every group."""
+    copies: Ints = field(default_factory=_no_copies)
+    """Rows (group, source block, target block), copied in all layers of the group before the step:
+    copy on write. Copying twice does no harm."""
+    alpha: float | None = None
+    """If set, the step marks the slots whose attention weight exceeds it: `StepResult.marks`."""
+    device: str = "cpu"
+    stream: int = 0
+
+    @property
+    def tables(self) -> Ints:
+        """The tables of the first group."""
+        return self.groups[0].tables
+
+
+class KvStorage:
+    """Where K and V of each layer live: array views, so base, strides and dtype.
+
+    Parameters
+    ----------
+    groups : sequence of KvGroup
+        Every layer in exactly one.
+    keys, values : sequence of ndarray of float32, shape (blocks, block size, kv heads, head dim)
+        Per layer, of any strides, contiguous along the last axis; alike for keys and values.
+    """
+
+    device = "cpu"
+    stream = 0
+
+    def __init__(
+        self, groups: Sequence[KvGroup], keys: Sequence[Floats], values: Sequence[Floats]
+    ) -> None:
+        self.groups = tuple(groups)
+        self.keys = tuple(keys)
+        self.values = tuple(values)
+        layers = sorted(layer for group in self.groups for layer in group.layers)
+        if layers != list(range(len(self.keys))) or len(self.keys) != len(self.values):
+            raise InvalidArgumentError(
+                "each layer must be in one KV group and have keys and values"
+            )
+        self.group_of = [0] * len(layers)
+        for index, group in enumerate(self.groups):
+            for layer in group.layers:
+                self.group_of[layer] = index
+                for part in (self.keys[layer], self.values[layer]):
+                    if part.dtype != np.float32 or part.ndim != 4:
+                        raise InvalidArgumentError("K and V are float32 arrays of four axes")
+                    if part.shape[1] != group.block_size:
+                        raise InvalidArgumentError(f"layer {layer} has other blocks than its group")
+
+    @classmethod
+    def allocate(
+        cls, groups: Sequence[KvGroup], num_blocks: int, kv_heads: int, head_dim: int
+    ) -> KvStorage:
+        """Make zeroed arrays of `num_blocks` blocks per group; pages appear as they are written."""
+        keys: dict[int, Floats] = {}
+        values: dict[int, Floats] = {}
+        for group in groups:
+            shape = (len(group.layers), 2, num_blocks, group.block_size, kv_heads, head_dim)
+            whole = np.zeros(shape, np.float32)
+            for index, layer in enumerate(group.layers):
+                keys[layer], values[layer] = whole[index]
+        order = sorted(keys)
+        return cls(groups, [keys[layer] for layer in order], [values[layer] for layer in order])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all keys and values."""
+        return sum(part.nbytes for part in (*self.keys, *self.values))
+
+    def copy_blocks(self, copies: Ints) -> None:
+        """Copy blocks: rows (group, source, target), none of whose targets is a source."""
+        for index, group in enumerate(self.groups):
+            pairs = copies[copies[:, 0] == index]
+            if len(pairs):
+                for layer in group.layers:
+                    for part in (self.keys[layer], self.values[layer]):
+                        part[pairs[:, 2]] = part[pairs[:, 1]]
+
+    def move_slots(self, group: int, moves: NDArray[np.int64]) -> None:
+        """Move tokens: rows (source, target) of ``block * block size + offset``, all read first."""
+        size = self.groups[group].block_size
+        (from_block, from_at), (to_block, to_at) = (np.divmod(moves[:, i], size) for i in (0, 1))
+        for layer in self.groups[group].layers:
+            for part in (self.keys[layer], self.values[layer]):
+                part[to_block, to_at] = part[from_block, from_at]
+
+
+class BlockPool(Protocol):
+    """What the engine loop asks of a pool; `pyruntime.kv` is its page."""
+
+    num_blocks: int
+    block_size: int
+
+    def admit(self, request: int, tokens: Ints, namespace: bytes = b"", reserve: int = 0) -> int:
+        """Make a request known; return its tokens in memory already."""
+        ...
+
+    def knows(self, request: int) -> bool:
+        """Whether the request was admitted and not freed since."""
+        ...
+
+    def need(self, request: int, tokens: int) -> int:
+        """Return the further blocks `request` needs to hold `tokens`."""
+        ...
+
+    def fits(self, tokens: int) -> bool:
+        """Whether a lone sequence of `tokens` tokens could ever fit."""
+        ...
+
+    def can_swap(self, request: int) -> bool:
+        """Whether the request's blocks could move to a lower tier now."""
+        ...
+
+    def dry_run(self, grow: Sequence[tuple[int, int]], free: Sequence[int] = ()) -> int:
+        """Return the blocks left after such a step, negative for a deficit; changes nothing."""
+        ...
+
+    def step(
+        self,
+        grow: Sequence[tuple[int, int]],
+        free: Sequence[int] = (),
+        swap_out: Sequence[int] = (),
+        swap_in: Sequence[int] = (),
+    ) -> StepTables:
+        """Free and swap, then grow; return the tables of the requests in `grow`."""
+        ...
+
+    def commit(self, request: int, tokens: int, layers: int) -> None:
+        """Note that the first `tokens` tokens are valid in `layers` layers."""
+        ...
+
+    def observe(self, requests: Sequence[int], marks: dict[int, NDArray[np.uint8]]) -> None:
+        """Take the attention marks of a step that asked for them."""
+        ...
+
+    def free(self, request: int) -> None:
+        """Return a request's blocks; unknown requests are ignored."""
+        ...
+
+    @property
+    def num_free(self) -> int:
+        """Free blocks."""
+        ...
