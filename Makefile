@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 SOURCES := $(shell find csrc cuda cmake pyruntime/_ext CMakeLists.txt setup.py pyproject.toml -type f \
              -not -name '*.so*' -not -name '_fast.cpp' 2>/dev/null)
 
-.PHONY: serve test dev lint bench clean
+.PHONY: serve test test-gpu dev lint bench clean
 
 serve: $(VENV)/serve.stamp
 	$(BIN)/pyruntime doctor
@@ -13,6 +13,25 @@ serve: $(VENV)/serve.stamp
 
 test: $(VENV)/test.stamp
 	$(BIN)/python -m pytest
+
+# On a machine with a GPU, without network and without a virtual environment: builds with the active
+# Python, its packages and nvcc, and runs what is marked `gpu` and the kernel tests. What it lacks is
+# taken from a folder `wheels` in or beside the checkout: *.whl, and googletest/ (a source tree).
+WHEELS := $(firstword $(wildcard wheels ../wheels))
+CUDA_ARCHITECTURES ?= native
+test-gpu: export PYTHONPATH := $(CURDIR)/build/gpu/site:$(PYTHONPATH)
+test-gpu:
+	@test -z "$(wildcard $(WHEELS)/*.whl)" || $(PYTHON) -m pip install -q --no-index --no-deps --no-compile \
+	  --upgrade --target build/gpu/site $(wildcard $(WHEELS)/*.whl)
+	cmake -S . -B build/gpu -G Ninja -DCMAKE_BUILD_TYPE=Release -DPython_EXECUTABLE=$$(command -v $(PYTHON)) \
+	  -DCMAKE_MAKE_PROGRAM=$$(command -v ninja) -DCMAKE_INSTALL_PREFIX=$(CURDIR) --log-level=WARNING \
+	  -DPYRUNTIME_CUDA=ON -DCMAKE_CUDA_ARCHITECTURES=$(CUDA_ARCHITECTURES) -DPYRUNTIME_TESTS=ON \
+	  -DPYRUNTIME_GTEST_SOURCE=$(abspath $(wildcard $(WHEELS)/googletest))
+	cmake --build build/gpu --target pyruntime_cuda _native _fast _cffi kernel_tests
+	cmake --install build/gpu --component runtime >/dev/null
+	for program in build/gpu/test_*_kernels build/gpu/test_shim; do $$program || exit 1; done
+	$(PYTHON) -m pytest -o addopts="-ra --import-mode=importlib --strict-markers" -m gpu \
+	  $$(grep -l 'mark\.gpu' tests/test_*.py)
 
 # Inner loop: build and install in place with the tools of the active environment.
 dev:

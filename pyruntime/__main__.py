@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 
 from pyruntime import doctor
@@ -28,9 +30,20 @@ def main(argv: list[str] | None = None) -> int:
     Returns
     -------
     int
-        Exit status: 0, or 2 for a command line that cannot be understood.
+        Exit status: 0; 2 for a command line that cannot be understood; 141, as shells have it, when
+        the reader of the output went away.
     """
-    args = sys.argv[1:] if argv is None else argv
+    try:
+        status = _run(sys.argv[1:] if argv is None else argv)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        # The reader went away (`pyruntime doctor | head -1`): nothing may be flushed at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+
+
+def _run(args: list[str]) -> int:
     if args in (["doctor"], ["doctor", "--json"]):
         report = doctor.examine()
         print(doctor.as_json(report) if "--json" in args else doctor.as_text(report))

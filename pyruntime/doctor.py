@@ -19,12 +19,15 @@ from pathlib import Path
 from typing import Any
 
 import pyruntime
+from pyruntime import config, gpu
 from pyruntime._ext import _native
+from pyruntime.errors import Error
 from pyruntime.pool import Pool
 
 __all__ = ["as_json", "as_text", "examine", "huge_page_probe"]
 
 HUGE_PAGE_BYTES = 2 << 20
+CUDA_LIBRARY = "libpyruntime_cuda.so"
 # Distribution -> the extra that installs it.
 OPTIONAL = {
     "numba": "jit",
@@ -103,22 +106,41 @@ def _memory() -> dict[str, Any]:
 
 
 def _cuda() -> dict[str, Any]:
+    """Ask the driver itself and our library: each may be there without the other."""
+    library = Path(os.environ.get("PYRUNTIME_CUDA_LIBRARY") or config.library_dir() / CUDA_LIBRARY)
+    report: dict[str, Any] = {
+        "library": str(library) if library.exists() else "absent: built without CUDA",
+        "driver": "",
+        "devices": [],
+        "usable": gpu.available(),
+        "why": "",
+    }
+    try:
+        gpu.info()
+    except Error as error:
+        report["why"] = str(error)
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
-        return {"driver": "", "devices": 0, "why": "no CUDA driver (libcuda.so.1) on this machine"}
-    version, count = ctypes.c_int(), ctypes.c_int()
+        report["driver"] = "absent: no libcuda.so.1"
+        return report
     status = driver.cuInit(0)
     if status != 0:
-        return {"driver": "present", "devices": 0, "why": f"cuInit failed with code {status}"}
-    driver.cuDriverGetVersion(ctypes.byref(version))
-    driver.cuDeviceGetCount(ctypes.byref(count))
-    text = f"{version.value // 1000}.{version.value % 1000 // 10}"
-    return {
-        "driver": text,
-        "devices": count.value,
-        "why": "" if count.value else "the driver sees no device",
-    }
+        report["driver"] = f"present, but cuInit failed with code {status}"
+        return report
+    number, name = ctypes.c_int(), ctypes.create_string_buffer(256)
+    driver.cuDriverGetVersion(ctypes.byref(number))
+    report["driver"] = f"CUDA {number.value // 1000}.{number.value % 1000 // 10}"
+    driver.cuDeviceGetCount(ctypes.byref(number))
+    for index in range(number.value):
+        device, capability = ctypes.c_int(), []
+        driver.cuDeviceGet(ctypes.byref(device), index)
+        driver.cuDeviceGetName(name, len(name), device)
+        for attribute in (75, 76):  # compute capability, major and minor
+            driver.cuDeviceGetAttribute(ctypes.byref(number), attribute, device)
+            capability.append(str(number.value))
+        report["devices"].append(f"{name.value.decode()} (sm_{''.join(capability)})")
+    return report
 
 
 def _optional() -> dict[str, str]:
@@ -145,7 +167,7 @@ def _fallbacks(cpu: dict[str, Any], memory: dict[str, Any], cuda: dict[str, Any]
         )
     if cpu["numa_nodes"] == 1:
         notes.append("NUMA: one node, placement is off")
-    if not cuda["devices"]:
+    if not cuda["usable"]:
         notes.append(f"CUDA: CPU only, {cuda['why']}")
     return notes
 
@@ -172,7 +194,8 @@ def examine() -> dict[str, Any]:
         "memory": memory,
         "tools": {
             "c++": _first_line([os.environ.get("CXX", "c++"), "--version"]) or "absent",
-            "nvcc": "present" if shutil.which("nvcc") else "absent",
+            "nvcc": shutil.which("nvcc", path=f"{os.environ.get('PATH', '')}:/usr/local/cuda/bin")
+            or "absent",
         },
         "cuda": cuda,
         "optional": _optional(),
@@ -201,4 +224,6 @@ def as_text(report: dict[str, Any]) -> str:
 def _flat(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{key} {_flat(item)}" for key, item in value.items() if item != "")
+    if isinstance(value, list):
+        return ", ".join(str(item) for item in value) or "none"
     return str(value)

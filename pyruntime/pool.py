@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from pyruntime import gpu
 from pyruntime._ext import _native
 from pyruntime._ext._fast import Buf, PoolHandle
 from pyruntime.errors import (
@@ -91,6 +92,8 @@ class Pool(PoolHandle):
     ...     pool.write(indices, np.zeros((32, 2048), np.uint8))
     ...     pool.release_from(indices)
     """
+
+    _pinned: gpu.Registration | None = None
 
     def __init__(
         self,
@@ -228,6 +231,102 @@ class Pool(PoolHandle):
         bytes_used: npt.NDArray[Any] = memory[: count * kind.itemsize]
         return bytes_used.view(kind).reshape(dims)
 
+    def pin(self) -> None:
+        """Lock the committed memory in place and let CUDA devices read and write it.
+
+        Faults the memory in. What the pool grows by later is not pinned: pin again. Pinned memory
+        is not trimmed, and `close` unpins it.
+
+        Raises
+        ------
+        pyruntime.errors.DeviceUnavailableError
+            There is no device; the message says why.
+        pyruntime.errors.DeviceError
+            The driver refuses.
+        """
+        self._require_array_access()
+        layout = self._core.layout()
+        if self._pinned is not None and self._pinned.num_bytes == layout["committed_bytes"]:
+            return
+        self.unpin()
+        self._pinned = gpu.Registration(layout["base"], layout["committed_bytes"], self._core)
+
+    def unpin(self) -> None:
+        """Undo `pin`; copies on devices must be done. Unpinning twice does nothing."""
+        if self._pinned is not None:
+            pinned, self._pinned = self._pinned, None
+            pinned.close()
+
+    def read_async(self, indices: Any, out: Any, *, stream: Any = None) -> None:
+        """Copy objects into the rows of a device array, on a stream.
+
+        Parameters
+        ----------
+        indices : device array of uint32, shape (n,)
+            Which objects. A row whose index is outside the pinned memory is left alone: the device
+            has no way to raise.
+        out : device array of uint8, shape (n, object_bytes)
+            Where to; rows may have gaps between them. Fastest where `object_bytes`, the pool's
+            `stride` and the rows' are multiples of 16.
+        stream : optional
+            What `pyruntime.gpu.stream_handle` takes. Default: the default stream.
+
+        Raises
+        ------
+        pyruntime.errors.StateError
+            The pool is not pinned.
+        pyruntime.errors.InvalidArgumentError
+            An array has the wrong type, shape or strides, or is not in device memory.
+        pyruntime.errors.DeviceError
+            The launch failed.
+
+        Notes
+        -----
+        Returns at once. The pool must stay pinned, the arrays alive and the objects unchanged until
+        the stream has done it (`pyruntime.gpu.synchronize`). Objects in pinned host memory are read
+        over the bus.
+        """
+        self._copy_async(True, indices, out, stream)
+
+    def write_async(self, indices: Any, data: Any, *, stream: Any = None) -> None:
+        """Copy the rows of a device array into objects, the inverse of `read_async`.
+
+        An index that comes twice leaves a mixture of its rows.
+        """
+        self._copy_async(False, indices, data, stream)
+
+    def _copy_async(self, gather: bool, indices: Any, rows: Any, stream: Any) -> None:
+        self._live()
+        if self._pinned is None:
+            raise StateError("the pool is not pinned; call pin() first")
+        where = gpu.describe(indices, "indices", dtype=np.uint32, ndim=1)
+        packed = gpu.describe(
+            rows,
+            "out" if gather else "data",
+            dtype=np.uint8,
+            ndim=2,
+            writable=gather,
+            contiguous=False,
+        )
+        if packed.shape != (where.shape[0], self._object_bytes):
+            raise InvalidArgumentError(
+                f"{'out' if gather else 'data'} has shape {packed.shape}; it must be "
+                f"{(where.shape[0], self._object_bytes)}"
+            )
+        handle = gpu.stream_handle(stream)
+        gpu.wait_for((where, packed), handle)
+        pinned_units = self._pinned.num_bytes // self._unit_bytes
+        _native.gpu_pool_copy(
+            gather,
+            self._core.layout(),
+            pinned_units * self._per_unit,
+            where.address,
+            where.shape[0],
+            packed.address,
+            max(packed.strides[0], self._object_bytes),
+            handle,
+        )
+
     def stats(self) -> dict[str, int]:
         """Cumulative counters and gauges; their meaning is that of ``pyrt_pool_statistics``.
 
@@ -256,7 +355,14 @@ class Pool(PoolHandle):
         """Give units without objects in use back to the system; returns the bytes released.
 
         Drains every thread's cache, so it is for quiet moments.
+
+        Raises
+        ------
+        pyruntime.errors.StateError
+            The pool is pinned: devices may be using the memory.
         """
+        if self._pinned is not None:
+            raise StateError("the pool is pinned; unpin it before trimming")
         return self._live().trim()
 
     def flush_thread(self) -> None:
@@ -292,7 +398,14 @@ class Pool(PoolHandle):
             raise StateError(
                 f"{self.num_bufs} buffers of the pool are alive; release them before closing"
             )
-        self._close(force)
+        pinned = self._pinned is not None
+        self.unpin()  # before the memory is gone
+        try:
+            self._close(force)
+        except BaseException:
+            if pinned:
+                self.pin()
+            raise
 
     def __enter__(self) -> Pool:
         """Return the pool itself."""

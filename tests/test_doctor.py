@@ -46,3 +46,14 @@ def test_command_line(capsys):
     json.loads(capsys.readouterr().out)
     assert main(["--help"]) == 0
     assert main(["nonsense"]) == 2
+
+
+def test_a_reader_that_leaves_gets_no_traceback():
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pyruntime", "doctor"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    process.stdout.close()  # before a line is written, as `| head -0` would
+    assert process.stderr.read() == b""
+    assert process.wait(60) == 141

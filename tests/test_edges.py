@@ -22,6 +22,7 @@ PYTHON = {
     "": BASIC | {"engine"},  # the package offers `LLM`, imported when it is first used
     "config": set(),
     "policy": BASIC,
+    "gpu": BASIC,
     "doctor": {*BASIC, "gpu", "pool"},
     "__main__": {"doctor", "serve"},
     **dict.fromkeys(FACADES, BASIC | {"gpu", "policy", "pool", "ops"}),

@@ -84,13 +84,14 @@ __device__ inline void pause() {
 #endif
 }
 
+// The outer parentheses keep the commas together where a launch is an argument of another macro.
 #define PYRT_LAUNCH_SHARED(kernel, grid, block, shared_bytes, stream, ...)               \
-  [&] {                                                                                  \
+  ([&] {                                                                                 \
     const auto pyrt_kernel = kernel;                                                     \
     pyrt_kernel<<<(grid), (block), (shared_bytes),                                       \
                   static_cast<cudaStream_t>(static_cast<void*>(stream))>>>(__VA_ARGS__); \
     return static_cast<int>(cudaGetLastError());                                         \
-  }()
+  }())
 #define PYRT_DYNAMIC_SHARED(type, name)                                \
   extern __shared__ __align__(16) unsigned char pyrt_dynamic_shared[]; \
   type* const name = reinterpret_cast<type*>(pyrt_dynamic_shared)

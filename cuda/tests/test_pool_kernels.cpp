@@ -20,8 +20,6 @@ struct Shape {
 // Scattered objects and packed rows with a copy of each on the host to compare with.
 class Copy {
  public:
-  static constexpr uint8_t kUntouched = 0xee;
-
   Copy(const Shape& shape, uint64_t num_objects, uint64_t n, uint64_t seed) : shape_(shape) {
     std::mt19937_64 random(seed);
     const uint64_t units = (num_objects + shape.per_unit - 1) / shape.per_unit;
