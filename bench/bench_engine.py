@@ -7,7 +7,6 @@ process of its own, in rounds that alternate with ours.
 
 import json
 import os
-import resource
 import subprocess
 import time
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 import pytest
 
 from bench.models import random_model
+from bench.support import PeakMemory, middle, size
 from pyruntime.engine.llm import make_loop
 from pyruntime.engine.messages import Submit
 from pyruntime.engine.sampling import SamplingParams
@@ -23,11 +23,13 @@ from pyruntime.sched import PRESETS
 
 PEER = os.environ.get("PYRUNTIME_LLAMA_PYTHON")
 SHAPE = {"hidden": 1024, "layers": 8, "experts": 32, "ffn": 512, "vocab": 8192, "top_k": 4}
+SMALL = {"hidden": 256, "layers": 2, "experts": 4, "ffn": 64, "vocab": 512, "top_k": 2}
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return random_model(tmp_path_factory.mktemp("model"), **SHAPE)
+def model(request, tmp_path_factory):
+    disabled = request.config.getoption("benchmark_disable")
+    return random_model(tmp_path_factory.mktemp("model"), **(SMALL if disabled else SHAPE))
 
 
 def serve(loop, count, prompt, tokens):
@@ -36,7 +38,7 @@ def serve(loop, count, prompt, tokens):
     begin = time.perf_counter()
     last, first, between = {}, [], []
     for i in range(count):
-        ids = rng.integers(0, SHAPE["vocab"], prompt).tolist()
+        ids = rng.integers(0, loop.engine.config.vocab_size, prompt).tolist()
         sampling = SamplingParams(temperature=1.0, seed=i)
         loop.submit(Submit(str(i), ids, sampling, tokens, ignore_eos=True))
     while loop.busy:
@@ -53,18 +55,23 @@ def serve(loop, count, prompt, tokens):
 @pytest.mark.parametrize("policy", sorted(PRESETS))
 @pytest.mark.parametrize("count", [1, 8])
 def test_requests(benchmark, model, policy, count):
+    prompt, tokens = size(benchmark, (256, 32), (32, 4))
+    memory = PeakMemory()
     loop = make_loop(model, policy=policy, max_running=8)
     serve(loop, 1, 32, 4)
     rounds = []
-    benchmark.pedantic(lambda: rounds.append(serve(loop, count, 256, 32)), rounds=3, iterations=1)
-    first, between, seconds = rounds[1]
+    benchmark.pedantic(
+        lambda: rounds.append(serve(loop, count, prompt, tokens)), rounds=3, iterations=1
+    )
+    seconds = middle([whole for _, _, whole in rounds])
+    first, between, _ = next(each for each in rounds if each[2] == seconds)
     stats = loop.stats
     benchmark.extra_info |= {
         "ttft_ms": round(1000 * float(np.mean(first)), 1),
         "tbt_p50_ms": round(1000 * float(np.percentile(between, 50)), 2),
         "tbt_p99_ms": round(1000 * float(np.percentile(between, 99)), 2),
-        "tokens_per_s": round(count * 32 / seconds, 1),
-        "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10,
+        "tokens_per_s": round(count * tokens / seconds, 1),
+        **memory.report(),
         "weights_mb": sum(p.stat().st_size for p in model.iterdir()) >> 20,
         "scheduler_us_per_step": round(1e6 * stats.seconds["schedule"] / stats.steps, 1),
         "engine_us_per_step": round(1e6 * stats.seconds["engine"] / stats.steps, 1),
@@ -96,15 +103,16 @@ class Llama:
 
 @pytest.mark.skipif(not PEER, reason="PYRUNTIME_LLAMA_PYTHON is not set")
 def test_beside_llama_cpp(benchmark, model):
+    prompt, tokens = size(benchmark, (256, 32), (16, 3))
     loop = make_loop(model, max_running=1)
     peer = Llama(model)
     ours, theirs = [], []
 
     def round_():
-        first, _, seconds = serve(loop, 1, 256, 32)
-        ours.append((256 / first[0], 31 / (seconds - first[0])))
-        answer = peer.run(256, 32)
-        theirs.append((256 / answer["prefill_s"], 31 / answer["decode_s"]))
+        first, _, seconds = serve(loop, 1, prompt, tokens)
+        ours.append((prompt / first[0], (tokens - 1) / (seconds - first[0])))
+        answer = peer.run(prompt, tokens)
+        theirs.append((prompt / answer["prefill_s"], (tokens - 1) / answer["decode_s"]))
 
     try:
         round_()
@@ -113,7 +121,7 @@ def test_beside_llama_cpp(benchmark, model):
     finally:
         peer.close()
     for index, name in enumerate(("prefill", "decode")):
-        mine, other = (sorted(r[index] for r in rows)[2] for rows in (ours, theirs))
+        mine, other = (middle([r[index] for r in rows]) for rows in (ours, theirs))
         benchmark.extra_info |= {
             f"{name}_tokens_per_s": round(mine, 1),
             f"{name}_llama_cpp": round(other, 1),

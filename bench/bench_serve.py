@@ -8,6 +8,7 @@ alternate: tokens/s through HTTP over tokens/s of the loop itself.
 import asyncio
 import json
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ import httpx
 import pytest
 
 from bench.models import random_model
+from bench.support import middle, size
 from pyruntime.engine.llm import make_loop
 from pyruntime.engine.messages import Submit
 from pyruntime.engine.sampling import SamplingParams
@@ -61,7 +63,10 @@ uvicorn.run(app, port=port, log_config=None, access_log=False)
 class Process:
     """The server in a process of its own."""
 
-    def __init__(self, model, kind, port=18765):
+    def __init__(self, model, kind):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
         self.process = subprocess.Popen(
             [sys.executable, "-c", SERVER, str(model), str(port), kind], cwd=ROOT
@@ -137,13 +142,14 @@ def in_process(loop, streams, tokens):
 @pytest.mark.parametrize("streams", [8, 64])
 def test_cpu_per_streamed_token(benchmark, streams):
     process = Process(shipped(), "null")
+    tokens = size(benchmark, 100, 5)
     try:
-        over_http(process, streams, 20)
+        over_http(process, streams, tokens // 5)
         costs = []
         benchmark.pedantic(
-            lambda: costs.append(over_http(process, streams, 100)[1]), rounds=5, iterations=1
+            lambda: costs.append(over_http(process, streams, tokens)[1]), rounds=5, iterations=1
         )
-        benchmark.extra_info["cpu_us_per_token"] = round(1e6 * sorted(costs)[2], 1)
+        benchmark.extra_info["cpu_us_per_token"] = round(1e6 * middle(costs), 1)
     finally:
         process.close()
 
@@ -151,10 +157,13 @@ def test_cpu_per_streamed_token(benchmark, streams):
 @pytest.mark.parametrize("streams", [8, 64])
 @pytest.mark.parametrize("kind", ["random", "shipped"])
 def test_http_against_in_process(benchmark, tmp_path, kind, streams):
-    model = shipped() if kind == "shipped" else random_model(tmp_path, hidden=1280, ffn=640)
+    width = size(benchmark, 1280, 256)
+    model = shipped()
+    if kind == "random":
+        model = random_model(tmp_path, hidden=width, ffn=width // 2)
     loop = make_loop(model, max_running=64)
     process = Process(model, "real")
-    tokens = 200 if streams == 8 else 100
+    tokens = size(benchmark, 200 if streams == 8 else 100, 4)
     http, inside = [], []
 
     def round_():
@@ -165,12 +174,12 @@ def test_http_against_in_process(benchmark, tmp_path, kind, streams):
         round_()
         del http[:], inside[:]
         benchmark.pedantic(round_, rounds=3, iterations=1)
-        steps = list(loop.recent)[-tokens + 5 :]
+        steps = list(loop.recent)[-tokens // 2 :]
         benchmark.extra_info |= {
-            "step_ms": round(1000 * sorted(s.seconds for s in steps)[len(steps) // 2], 2),
-            "http_tokens_per_s": round(sorted(http)[1]),
-            "in_process_tokens_per_s": round(sorted(inside)[1]),
-            "ratio": round(sorted(h / i for h, i in zip(http, inside, strict=True))[1], 3),
+            "step_ms": round(1000 * middle([s.seconds for s in steps]), 2),
+            "http_tokens_per_s": round(middle(http)),
+            "in_process_tokens_per_s": round(middle(inside)),
+            "ratio": round(middle([h / i for h, i in zip(http, inside, strict=True)]), 3),
         }
     finally:
         process.close()

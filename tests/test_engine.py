@@ -422,7 +422,7 @@ def test_live_comparison(kind, tmp_path):
             bench.pool.admit(1, bench.engine.tokens(1))
             results.append(bench.prefill(1, [50, 90], [1], return_logits=True))
         else:
-            results.append(bench.step([2, 3][: step % 3] + [1], return_logits=True))
+            results.append(bench.step([*[2, 3][: step % 3], 1], return_logits=True))
     row = [r.requests.index(1) for r in results]
     got = np.stack([r.logits[i] for r, i in zip(results, row, strict=True)])
     if clear:
