@@ -4,9 +4,10 @@ Contract
 --------
 An `EngineClient` takes `Submit` messages and streams `Delta` messages. It never sees text: the
 tokeniser is on the caller's side. Messages are plain values, so that the engine may be a thread
-(`ThreadClient`, below), another process (spawned, never forked once threads exist) or another
-machine. Every submitted request ends in exactly one delta with a finish reason, also when it is
-refused, aborted, or the engine is closed.
+(`ThreadClient`, below), another process (`pyruntime.engine.process`; spawned, never forked) or
+another machine. Every submitted request ends in exactly one delta with a finish reason, also when
+it is refused, aborted, the engine is closed, or the engine's process dies: then with error kind
+"lost".
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ from typing import Any, Protocol
 
 from pyruntime.engine.loop import EngineLoop
 from pyruntime.engine.messages import Delta, Submit
+from pyruntime.engine.serving import Serving
 from pyruntime.errors import ClosedError
 
-__all__ = ["EngineClient", "ThreadClient"]
+__all__ = ["EngineClient", "StreamingClient", "ThreadClient"]
 
 log = logging.getLogger(__name__)
 
@@ -47,34 +49,31 @@ class EngineClient(Protocol):
         ...
 
     def kv_events(self, since: int) -> tuple[int, list[dict[str, Any]]]:
-        """Return the next sequence number and the KV events from `since` on."""
+        """Return the next sequence number and the KV events from `since` on; see `pyruntime.kv`."""
         ...
 
     async def drain(self, timeout_s: float) -> bool:
         """Take nothing new; wait for what is running; True if all of it ended in time."""
         ...
 
+    def close(self) -> None:
+        """Abort what is left and end the engine."""
+        ...
 
-class ThreadClient:
-    """An engine loop on a thread of its own.
 
-    Parameters
-    ----------
-    loop : EngineLoop
-        Owned by the thread from now on.
-    """
+class StreamingClient:
+    """The streams' side of a client; a subclass brings messages to the engine."""
 
-    def __init__(self, loop: EngineLoop) -> None:
-        self._loop = loop
-        self._wake = threading.Condition()
-        self._inbox: deque[Submit | str] = deque()  # a string aborts; guarded by _wake
-        self._closed = False
-        self._draining = False
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._streams: dict[str, _Mailbox] = {}  # guarded by _lock
+        self._refusing = ""  # why nothing new is taken; guarded by _lock
         self._idle = threading.Event()
         self._idle.set()
-        self._streams: dict[str, _Mailbox] = {}
-        self._thread = threading.Thread(target=self._serve, name="pyruntime-engine", daemon=True)
-        self._thread.start()
+
+    def _post(self, message: Submit | str) -> None:
+        """Bring a request, or the id of one to abort, to the engine."""
+        raise NotImplementedError
 
     async def submit(self, request: Submit) -> AsyncIterator[Delta]:
         """See `EngineClient`.
@@ -82,20 +81,21 @@ class ThreadClient:
         Raises
         ------
         pyruntime.errors.ClosedError
-            The client is closed or draining.
+            The client is closed or draining, or its engine is dead.
         """
         mailbox = _Mailbox(asyncio.get_running_loop())
-        with self._wake:
-            if self._closed or self._draining:
-                raise ClosedError("the engine takes no new requests")
-            if request.id in self._streams:
-                taken = f"request id {request.id!r} is in use"
-                yield Delta(request.id, finish_reason="error", error=taken, error_kind="invalid")
-                return
-            self._streams[request.id] = mailbox
-            self._inbox.append(request)
-            self._idle.clear()
-            self._wake.notify()
+        with self._lock:
+            if self._refusing:
+                raise ClosedError(self._refusing)
+            taken = request.id in self._streams
+            if not taken:
+                self._streams[request.id] = mailbox
+                self._idle.clear()
+        if taken:
+            error = f"request id {request.id!r} is in use"
+            yield Delta(request.id, finish_reason="error", error=error, error_kind="invalid")
+            return
+        self._post(request)
         ended = False
         try:
             while not ended:
@@ -108,10 +108,70 @@ class ThreadClient:
 
     def abort(self, request_id: str) -> None:
         """See `EngineClient`."""
-        with self._wake:
-            if request_id in self._streams:
-                self._inbox.append(request_id)
-                self._wake.notify()
+        with self._lock:
+            known = request_id in self._streams
+        if known:
+            self._post(request_id)
+
+    async def drain(self, timeout_s: float) -> bool:
+        """See `EngineClient`; what is left after the timeout is aborted by `close`."""
+        self._refuse("the engine takes no new requests")
+        return await asyncio.to_thread(self._idle.wait, timeout_s)
+
+    @property
+    def num_streams(self) -> int:
+        """Requests that have not ended."""
+        return len(self._streams)
+
+    def _refuse(self, why: str) -> None:
+        with self._lock:
+            self._refusing = self._refusing or why
+
+    def _ids(self) -> list[str]:
+        with self._lock:
+            return list(self._streams)
+
+    def _deliver(self, deltas: list[Delta]) -> None:
+        """Hand deltas over, with one wake-up per event loop."""
+        if not deltas:
+            return
+        batches: dict[asyncio.AbstractEventLoop, list[tuple[_Mailbox, Delta]]] = {}
+        with self._lock:
+            for delta in deltas:
+                mailbox = self._streams.get(delta.id)
+                if mailbox is None:
+                    continue
+                if delta.finish_reason is not None:
+                    del self._streams[delta.id]
+                batches.setdefault(mailbox.event_loop, []).append((mailbox, delta))
+            if not self._streams:
+                self._idle.set()
+        for event_loop, batch in batches.items():
+            try:
+                event_loop.call_soon_threadsafe(_put_all, batch)
+            except RuntimeError:  # the event loop is closed: nobody listens any more
+                for _, delta in batch:
+                    self.abort(delta.id)
+
+
+class ThreadClient(StreamingClient):
+    """An engine loop on a thread of its own.
+
+    Parameters
+    ----------
+    loop : EngineLoop
+        Owned by the thread from now on.
+    """
+
+    def __init__(self, loop: EngineLoop) -> None:
+        super().__init__()
+        self._loop = loop
+        self._serving = Serving(loop, self._deliver)
+        self._post = self._serving.post  # type: ignore[method-assign]
+        self._thread = threading.Thread(
+            target=self._serving.run, name="pyruntime-engine", daemon=True
+        )
+        self._thread.start()
 
     def stats(self) -> dict[str, Any]:
         """See `EngineClient`; gauges are those of some moment, counters never fall."""
@@ -122,87 +182,14 @@ class ThreadClient:
         return self._loop.explain(request_id)
 
     def kv_events(self, since: int) -> tuple[int, list[dict[str, Any]]]:
-        """See `EngineClient`; this engine's pool publishes nothing."""
-        return 0, []
-
-    async def drain(self, timeout_s: float) -> bool:
-        """See `EngineClient`; what is left after the timeout is aborted by `close`."""
-        with self._wake:
-            self._draining = True
-        return await asyncio.to_thread(self._idle.wait, timeout_s)
+        """See `EngineClient`."""
+        return self._loop.kv_events(since)
 
     def close(self) -> None:
-        """Abort what is left and end the thread."""
-        with self._wake:
-            self._closed = True
-            self._wake.notify()
-        self._loop.stop.set()
+        """See `EngineClient`."""
+        self._refuse("the engine is closed")
+        self._serving.close()
         self._thread.join()
-
-    # The engine's thread
-
-    def _serve(self) -> None:
-        while True:
-            with self._wake:
-                while not (self._inbox or self._loop.busy or self._closed):
-                    self._idle.set()
-                    self._wake.wait()
-                messages = list(self._inbox)
-                self._inbox.clear()
-                closed = self._closed
-            deltas: list[Delta] = []
-            for message in messages:
-                if isinstance(message, str):
-                    delta = self._loop.abort(message)
-                    deltas += [] if delta is None else [delta]
-                else:
-                    deltas.append(self._loop.submit(message))
-            if closed:
-                with self._wake:
-                    ids = list(self._streams)
-                deltas += [d for i in ids if (d := self._loop.abort(i)) is not None]
-                self._deliver(deltas)
-                self._idle.set()
-                return
-            try:
-                deltas += self._loop.step()
-            except Exception:  # a bug of the loop itself: end what it served, keep serving
-                log.exception("the engine loop failed")
-                deltas += self._abandon()
-            self._deliver(deltas)
-
-    def _abandon(self) -> list[Delta]:
-        with self._wake:
-            ids = list(self._streams)
-        ended = []
-        for request_id in ids:
-            try:
-                self._loop.abort(request_id)
-            except Exception:
-                log.exception("a request could not be ended cleanly")
-            error = "the engine failed"
-            ended.append(
-                Delta(request_id, finish_reason="error", error=error, error_kind="internal")
-            )
-        return ended
-
-    def _deliver(self, deltas: list[Delta]) -> None:
-        """Hand deltas over, with one wake-up per event loop."""
-        batches: dict[asyncio.AbstractEventLoop, list[tuple[_Mailbox, Delta]]] = {}
-        with self._wake:
-            for delta in deltas:
-                mailbox = self._streams.get(delta.id)
-                if mailbox is None:
-                    continue
-                if delta.finish_reason is not None:
-                    del self._streams[delta.id]
-                batches.setdefault(mailbox.event_loop, []).append((mailbox, delta))
-        for event_loop, batch in batches.items():
-            try:
-                event_loop.call_soon_threadsafe(_put_all, batch)
-            except RuntimeError:  # the event loop is closed: nobody listens any more
-                for _, delta in batch:
-                    self._loop.abort(delta.id)
 
 
 class _Mailbox:

@@ -279,6 +279,11 @@ class EngineLoop:
             "position": found.position,
         }
 
+    def kv_events(self, since: int) -> tuple[int, list[dict[str, Any]]]:
+        """Return the next sequence number and the pool's events from `since` on; see `kv`."""
+        events = getattr(self.pool, "events", None)
+        return (0, []) if events is None else events(since)
+
     def snapshot(self) -> dict[str, Any]:
         """Return counters and gauges as plain values; any thread may call it."""
         stats, pool = self.stats, self.pool
