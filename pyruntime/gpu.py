@@ -11,9 +11,10 @@ import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
+import numpy.typing as npt
 
 from pyruntime._ext import _native
 from pyruntime.errors import (
@@ -31,6 +32,7 @@ __all__ = [
     "info",
     "stream_handle",
     "synchronize",
+    "upload",
     "wait_for",
 ]
 
@@ -112,10 +114,11 @@ def describe(
     array: Any,
     name: str,
     *,
-    dtype: Any,
-    ndim: int,
+    dtype: Any = None,
+    ndim: int | None = None,
     writable: bool = False,
     contiguous: bool = True,
+    host: bool = False,
 ) -> DeviceArray:
     """Look at an array in device memory, without copying it.
 
@@ -125,14 +128,17 @@ def describe(
         With ``__cuda_array_interface__``, or ``__dlpack__`` on a CUDA device (through cupy).
     name : str
         For messages.
-    dtype : dtype_like or tuple of dtype_like
-        The element types allowed.
-    ndim : int
-        The number of dimensions required.
+    dtype : dtype_like or tuple of dtype_like, optional
+        The element types allowed. Default: any.
+    ndim : int, optional
+        The number of dimensions required. Default: at least one.
     writable : bool, optional
         Refuse read-only arrays.
     contiguous : bool, optional
         Require C order without gaps; else only that elements of the last dimension are adjacent.
+    host : bool, optional
+        Also take numpy arrays in host memory that devices reach (`Registration`, cupy's pinned
+        memory).
 
     Returns
     -------
@@ -143,9 +149,7 @@ def describe(
     pyruntime.errors.InvalidArgumentError
         It is no such array; the message says what it is.
     """
-    interface = getattr(array, "__cuda_array_interface__", None)
-    if interface is None:
-        interface = _through_dlpack(array, name).__cuda_array_interface__
+    interface = _interface(array, name, host)
     if interface.get("mask") is not None:
         raise InvalidArgumentError(f"{name} is a masked array; it must be a plain one")
     address, read_only = interface["data"]
@@ -160,11 +164,12 @@ def describe(
         interface.get("stream"),
         array,
     )
-    allowed = [np.dtype(d) for d in (dtype if isinstance(dtype, tuple) else (dtype,))]
-    if kind not in allowed or len(shape) != ndim:
-        wanted = " or ".join(str(d) for d in allowed)
+    allowed = None if dtype is None else [np.dtype(d) for d in _as_tuple(dtype)]
+    if (allowed is not None and kind not in allowed) or (ndim or max(len(shape), 1)) != len(shape):
+        wanted = "an array" if allowed is None else " or ".join(str(d) for d in allowed)
+        count = "at least one" if ndim is None else str(ndim)
         raise InvalidArgumentError(
-            f"{name} is {kind}{shape}; it must be {wanted} with {ndim} dimension"
+            f"{name} is {kind}{shape}; it must be {wanted} with {count} dimension"
             f"{'s' if ndim != 1 else ''}"
         )
     if writable and read_only:
@@ -176,11 +181,32 @@ def describe(
                 f"{name} has strides {found.strides}; it must be "
                 f"{'C-contiguous' if contiguous else 'contiguous in its last dimension'}"
             )
-        if address % kind.itemsize:
+        if found.address % kind.itemsize:
             raise InvalidArgumentError(
-                f"{name} is not aligned to its {kind.itemsize}-byte elements"
+                f"{name} is not aligned to elements of {kind.itemsize} bytes"
             )
     return found
+
+
+def upload(array: npt.NDArray[Any], stream: int) -> Any:
+    """Copy a small host array to the device, ordered on a stream.
+
+    Parameters
+    ----------
+    array : ndarray
+        Any shape and type.
+    stream : int
+        A handle, see `stream_handle`.
+
+    Returns
+    -------
+    cupy.ndarray
+        Its memory is given out again only in the stream's order, so it may be dropped as soon as
+        the work that reads it is queued there.
+    """
+    cp = cupy()
+    with cp.cuda.ExternalStream(stream):
+        return cp.asarray(array)
 
 
 def stream_handle(stream: Any = None) -> int:
@@ -298,7 +324,24 @@ def _c_strides(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
     return tuple(reversed(strides))
 
 
-def _through_dlpack(array: Any, name: str) -> Any:
+def _as_tuple(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else (value,)
+
+
+def _interface(array: Any, name: str, host: bool) -> dict[str, Any]:
+    """Get the array's ``__cuda_array_interface__``, by whichever way it offers one."""
+    interface = getattr(array, "__cuda_array_interface__", None)
+    if interface is not None:
+        return cast(dict[str, Any], interface)
+    if host and isinstance(array, np.ndarray):
+        last = array.ctypes.data + array.itemsize - 1
+        last += sum((n - 1) * step for n, step in zip(array.shape, array.strides, strict=True))
+        if array.size == 0 or all(_native.gpu_reachable(a) for a in (array.ctypes.data, last)):
+            return {**array.__array_interface__, "strides": array.strides}
+        raise InvalidArgumentError(
+            f"{name} is in host memory that devices do not reach; register it "
+            "(pyruntime.gpu.Registration) or take it from cupyx.empty_pinned"
+        )
     device = getattr(array, "__dlpack_device__", None)
     if device is None or device()[0] not in _DLPACK_CUDA:
         where = "in host memory" if device is not None else "no array"
@@ -306,4 +349,4 @@ def _through_dlpack(array: Any, name: str) -> Any:
             f"{name} is {type(array).__name__}, {where}; it must be in device memory, with "
             "__cuda_array_interface__ or __dlpack__"
         )
-    return cupy().from_dlpack(array)
+    return cast(dict[str, Any], cupy().from_dlpack(array).__cuda_array_interface__)

@@ -15,5 +15,6 @@ int pyrt_cuda_versions(int* driver, int* runtime) noexcept;
 int pyrt_cuda_device_count(int* count) noexcept;
 int pyrt_cuda_host_register(void* memory, size_t bytes) noexcept;
 int pyrt_cuda_host_unregister(void* memory) noexcept;
+int pyrt_cuda_reachable(const void* address, int* reachable) noexcept;
 int pyrt_cuda_synchronize(void* stream) noexcept;
 }

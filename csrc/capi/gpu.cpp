@@ -36,6 +36,16 @@ pyrt_status pyrt_gpu_unregister(void* memory) noexcept {
   });
 }
 
+pyrt_status pyrt_gpu_reachable(const void* address, int32_t* reachable) noexcept {
+  return capi::guard([&] {
+    capi::require(address, "address");
+    capi::require(reachable, "reachable");
+    int answer = 0;
+    PYRT_CUDA_CALL(pyrt_cuda_reachable, address, &answer);
+    *reachable = answer;
+  });
+}
+
 pyrt_status pyrt_gpu_synchronize(uintptr_t stream) noexcept {
   return capi::guard(
       [&] { PYRT_CUDA_CALL(pyrt_cuda_synchronize, reinterpret_cast<void*>(stream)); });

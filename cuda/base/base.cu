@@ -37,6 +37,14 @@ PYRT_CUDA_EXPORT int pyrt_cuda_host_unregister(void* memory) noexcept {
   return error;
 }
 
+PYRT_CUDA_EXPORT int pyrt_cuda_reachable(const void* address, int* reachable) noexcept {
+  cudaPointerAttributes attributes{};
+  const cudaError_t error = cudaPointerGetAttributes(&attributes, address);
+  *reachable = error == cudaSuccess && attributes.type != cudaMemoryTypeUnregistered;
+  cudaGetLastError();
+  return error;
+}
+
 PYRT_CUDA_EXPORT int pyrt_cuda_synchronize(void* stream) noexcept {
   return cudaStreamSynchronize(static_cast<cudaStream_t>(stream));
 }
@@ -58,6 +66,10 @@ PYRT_CUDA_EXPORT int pyrt_cuda_device_count(int* count) noexcept {
 
 PYRT_CUDA_EXPORT int pyrt_cuda_host_register(void*, size_t) noexcept { return 0; }
 PYRT_CUDA_EXPORT int pyrt_cuda_host_unregister(void*) noexcept { return 0; }
+PYRT_CUDA_EXPORT int pyrt_cuda_reachable(const void*, int* reachable) noexcept {
+  *reachable = 1;
+  return 0;
+}
 PYRT_CUDA_EXPORT int pyrt_cuda_synchronize(void*) noexcept { return 0; }
 
 #endif

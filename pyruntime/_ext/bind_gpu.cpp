@@ -42,6 +42,27 @@ void pool_copy(bool gather, const py::dict& layout, uint64_t num_objects, uintpt
   });
 }
 
+pyrt_kv_layout kv_layout(const py::tuple& fields) {
+  return {fields[0].cast<uintptr_t>(), fields[1].cast<uint64_t>(), fields[2].cast<uint64_t>(),
+          fields[3].cast<uint64_t>(), fields[4].cast<uint64_t>()};
+}
+
+void kv_copy(const py::tuple& from, const py::tuple& to, uint32_t num_layers, uint32_t num_parts,
+             uint64_t block_bytes, uintptr_t runs, uint64_t num_runs, uint64_t num_blocks,
+             uintptr_t stream) {
+  pyrt_kv_device_copy copy{};
+  copy.struct_size = sizeof copy;
+  copy.num_layers = num_layers;
+  copy.num_parts = num_parts;
+  copy.from = kv_layout(from);
+  copy.to = kv_layout(to);
+  copy.block_bytes = block_bytes;
+  copy.runs = runs;
+  copy.num_runs = num_runs;
+  copy.num_blocks = num_blocks;
+  call([&] { return pyrt_kv_copy_async(&copy, stream); });
+}
+
 }  // namespace
 
 void bind_gpu(py::module_& m) {
@@ -54,7 +75,13 @@ void bind_gpu(py::module_& m) {
   });
   m.def("gpu_synchronize",
         [](uintptr_t stream) { call([&] { return pyrt_gpu_synchronize(stream); }); });
+  m.def("gpu_reachable", [](uintptr_t address) {
+    int32_t reachable = 0;
+    call([&] { return pyrt_gpu_reachable(reinterpret_cast<void*>(address), &reachable); });
+    return reachable != 0;
+  });
   m.def("gpu_pool_copy", &pool_copy);
+  m.def("gpu_kv_copy", &kv_copy);
 }
 
 }  // namespace pyruntime::bindings
