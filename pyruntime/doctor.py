@@ -165,6 +165,8 @@ def _fallbacks(cpu: dict[str, Any], memory: dict[str, Any], cuda: dict[str, Any]
             f"memory: {probe['huge_bytes'] >> 20} of {probe['asked_bytes'] >> 20} MiB came as huge "
             f"pages (THP mode {memory['thp_mode']}), the rest as {memory['page_bytes']}-byte pages"
         )
+    if not any(memory["hugetlb_pages"].values()):
+        notes.append("hugetlb: no pages are reserved, pages='hugetlb' falls back to THP")
     if cpu["numa_nodes"] == 1:
         notes.append("NUMA: one node, placement is off")
     if not cuda["usable"]:
