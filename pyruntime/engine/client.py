@@ -49,7 +49,11 @@ class EngineClient(Protocol):
         ...
 
     def kv_events(self, since: int) -> tuple[int, list[dict[str, Any]]]:
-        """Return the next sequence number and the KV events from `since` on; see `pyruntime.kv`."""
+        """Return the next sequence number and the events from `since` on (`pyruntime.kv.events`)."""
+        ...
+
+    def kv_snapshot(self) -> tuple[int, list[str]]:
+        """Return the sequence number of the next KV event, and all keys that are present."""
         ...
 
     async def drain(self, timeout_s: float) -> bool:
@@ -184,6 +188,10 @@ class ThreadClient(StreamingClient):
     def kv_events(self, since: int) -> tuple[int, list[dict[str, Any]]]:
         """See `EngineClient`."""
         return self._loop.kv_events(since)
+
+    def kv_snapshot(self) -> tuple[int, list[str]]:
+        """See `EngineClient`."""
+        return self._loop.kv_snapshot()
 
     def close(self) -> None:
         """See `EngineClient`."""

@@ -47,6 +47,19 @@ class _Live:
     request: Request
     stops: frozenset[int]
     generated: int = 0
+    cached: int = 0
+
+
+class _View:
+    """The pool as the scheduler sees it."""
+
+    def __init__(self, pool: BlockPool, start: Callable[[int], int]) -> None:
+        self.dry_run = pool.dry_run
+        self.need = pool.need
+        self.fits = pool.fits
+        self.can_swap = pool.can_swap
+        self.start = start
+        self.block_size = pool.block_size
 
 
 @dataclass(slots=True)
@@ -56,6 +69,7 @@ class LoopStats:
     steps: int = 0
     step_errors: int = 0
     prompt_tokens: int = 0
+    cached_tokens: int = 0
     generated_tokens: int = 0
     preemptions: int = 0
     swaps: int = 0
@@ -105,6 +119,16 @@ class EngineLoop:
         self._live: dict[int, _Live] = {}
         self._handles: dict[str, int] = {}
         self._next_handle = 0
+        self._view = _View(pool, self._start)
+
+    def _start(self, handle: int) -> int:
+        self.pool.free(handle)  # of a step that failed after it was admitted
+        tokens = self.engine.tokens(handle)
+        live = self._live[handle]
+        cached = self.pool.admit(handle, tokens, live.submit.tenant.encode())
+        self.stats.cached_tokens += cached
+        live.cached = cached if live.generated == 0 else live.cached
+        return cached
 
     @property
     def busy(self) -> bool:
@@ -137,7 +161,7 @@ class EngineLoop:
             request.deadline = now + submit.deadline_s
         try:
             self.engine.add(handle, np.array(submit.tokens, np.int32), submit.sampling)
-            self.scheduler.arrive(request, now, self.pool)
+            self.scheduler.arrive(request, now, self._view)
         except CapacityError as error:
             self.engine.remove(handle)
             return _refused(submit.id, "full", str(error))
@@ -150,7 +174,7 @@ class EngineLoop:
         self._live[handle] = _Live(handle, submit, request, frozenset(stops))
         self._handles[submit.id] = handle
         self.stats.prompt_tokens += len(submit.tokens)
-        return Delta(submit.id, cached_tokens=request.cached_len)
+        return Delta(submit.id)
 
     def abort(self, request_id: str) -> Delta | None:
         """End a request; None if it is unknown or has ended."""
@@ -161,7 +185,7 @@ class EngineLoop:
         """Run one step and return what it brought; [] when there is nothing to do."""
         begin = self._clock()
         deltas = [self._end(h, State.CANCELLED, "deadline") for h in self.scheduler.expired(begin)]
-        plan = self.scheduler.schedule(begin, self.pool)
+        plan = self.scheduler.schedule(begin, self._view)
         scheduled = self._clock()
         if plan is None:
             return deltas
@@ -197,24 +221,20 @@ class EngineLoop:
         return deltas
 
     def _run(self, plan: StepPlan) -> StepResult:
-        grow = [(int(r), int(tokens)) for r, tokens in plan.kv_after]
+        grow = plan.kv_after.tolist()
         free = [int(r) for r, mode in plan.preempt if mode == Preempt.RECOMPUTE]
         swaps = plan.swap_out.tolist(), plan.swap_in.tolist()
-        for request, _ in grow:
-            if not self.pool.knows(request):
-                live = self._live[request]
-                live.request.cached_len = self.pool.admit(
-                    request, self.engine.tokens(request), live.submit.tenant.encode()
-                )
         return self.engine.run(plan, self.pool.step(grow, free, *swaps), self.stop)
 
     def _account(self, plan: StepPlan, result: StepResult, deltas: list[Delta]) -> None:
         layers = self.engine.config.num_layers
+        partly = {
+            r: layer_hi for r, _, _, _, layer_hi in plan.prefill.tolist() if layer_hi < layers
+        }
         for request, tokens in plan.kv_after.tolist():
-            self.pool.commit(request, tokens, layers)
-        for request, _, high, _, layer_hi in plan.prefill.tolist():
-            if layer_hi < layers:
-                self.pool.commit(request, high, layer_hi)
+            if request in self._live:
+                ids = self.engine.tokens(request)
+                self.pool.commit(request, tokens, partly.get(request, layers), ids)
         if result.marks:
             self.pool.observe(plan.requests(), result.marks)
         self.scheduler.step_done(plan, result.requests)
@@ -242,6 +262,7 @@ class EngineLoop:
             else:
                 delta = Delta(live.submit.id)
             delta.tokens, delta.logprobs = [token], logprobs
+            delta.cached_tokens = live.cached if live.generated == 1 else 0
             deltas.append(delta)
 
     def _failed(self, plan: StepPlan, error: Exception, deltas: list[Delta]) -> None:
@@ -284,6 +305,11 @@ class EngineLoop:
         events = getattr(self.pool, "events", None)
         return (0, []) if events is None else events(since)
 
+    def kv_snapshot(self) -> tuple[int, list[str]]:
+        """Return the sequence number of the next event, and the keys of all shared blocks."""
+        snapshot = getattr(self.pool, "snapshot", None)
+        return (0, []) if snapshot is None else snapshot()
+
     def snapshot(self) -> dict[str, Any]:
         """Return counters and gauges as plain values; any thread may call it."""
         stats, pool = self.stats, self.pool
@@ -300,6 +326,7 @@ class EngineLoop:
             "preemptions": stats.preemptions,
             "swaps": stats.swaps,
             "prompt_tokens": stats.prompt_tokens,
+            "cached_tokens": stats.cached_tokens,
             "generated_tokens": stats.generated_tokens,
             "expert_bytes": stats.expert_bytes,
             "seconds": dict(stats.seconds),

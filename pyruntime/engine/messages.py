@@ -52,3 +52,4 @@ class Delta:
     error_kind: str = ""
     """"invalid" (the request's fault), "full" (try later) or "internal"."""
     cached_tokens: int = 0
+    """With the first token: prompt tokens that were in memory already."""

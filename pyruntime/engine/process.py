@@ -8,7 +8,7 @@ client to engine                                engine to client
 ==============================================  ==============================================
 ``["submit", {fields of Submit}]``              ``["ready", {about the engine}]`` once
 ``["abort", id]``                               ``["failed", error class, message]`` instead
-``["ask", number, "explain", id]``              ``["progress", done, total]`` while loading
+``["ask", number, question, argument...]``      ``["progress", done, total]`` while loading
 ``["close"]``                                   ``["deltas", [[fields of Delta]...]]``
 ..                                              ``["stats", snapshot]``, ``["kv", [event...]]``
 ..                                              ``["reply", number, value]``, ``["log", ...]``
@@ -28,7 +28,6 @@ import socket
 import subprocess
 import sys
 import threading
-from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
@@ -38,12 +37,12 @@ from pyruntime import errors
 from pyruntime.engine.client import StreamingClient
 from pyruntime.engine.messages import Delta, Submit, TokenLogprobs
 from pyruntime.errors import InternalError
+from pyruntime.kv import EventLog
 
 __all__ = ["Connection", "ProcessClient", "pack_delta", "unpack_delta"]
 
 log = logging.getLogger(__name__)
 MAX_FRAME = 256 << 20
-MAX_EVENTS = 1 << 16
 
 
 class Connection:
@@ -152,8 +151,7 @@ class ProcessClient(StreamingClient):
         self._closing = False
         self._numbers = itertools.count()
         self._replies: dict[int, tuple[threading.Event, list[Any]]] = {}
-        self._events: deque[dict[str, Any]] = deque(maxlen=MAX_EVENTS)
-        self._next_event = 0
+        self._events = EventLog()
         self.about = self._wait_until_ready(progress)
         """What the engine says of itself: ``max_len``, ``block_size``, ``num_blocks``."""
         self._stats: dict[str, Any] = self.about.pop("stats")
@@ -195,24 +193,27 @@ class ProcessClient(StreamingClient):
 
     def explain(self, request_id: str) -> dict[str, Any] | None:
         """See `EngineClient`; waits for the process, so keep it off an event loop."""
+        found: dict[str, Any] | None = self._ask("explain", request_id)
+        return found
+
+    def kv_events(self, since: int) -> tuple[int, list[dict[str, Any]]]:
+        """See `EngineClient`; never waits."""
+        return self._events.since(since)
+
+    def kv_snapshot(self) -> tuple[int, list[str]]:
+        """See `EngineClient`; waits for the process, so keep it off an event loop."""
+        seq, keys = self._ask("kv_snapshot") or (0, [])
+        return seq, keys
+
+    def _ask(self, question: str, *args: Any) -> Any:
         number, done = next(self._numbers), threading.Event()
         answer: list[Any] = []
         self._replies[number] = (done, answer)
         with suppress(OSError):
-            self._connection.send("ask", number, "explain", request_id)
+            self._connection.send("ask", number, question, *args)
             done.wait(10)
         del self._replies[number]
         return answer[0] if answer else None
-
-    def kv_events(self, since: int) -> tuple[int, list[dict[str, Any]]]:
-        """See `EngineClient`; what no longer is in the buffer is told by one ``dropped`` event."""
-        with self._lock:
-            events = [event for event in self._events if event["seq"] >= since]
-            following = self._next_event
-            first = self._events[0]["seq"] if self._events else following
-        if since < first:
-            events.insert(0, {"seq": first - 1, "type": "dropped", "count": first - since})
-        return following, events
 
     def close(self) -> None:
         """See `EngineClient`; a process that does not end in ten seconds is killed."""
@@ -242,9 +243,7 @@ class ProcessClient(StreamingClient):
         elif kind == "stats":
             self._stats = message[1]
         elif kind == "kv":
-            with self._lock:
-                self._events.extend(message[1])
-                self._next_event = message[1][-1]["seq"] + 1
+            self._events.extend(message[1])
         elif kind == "log":
             _relay(*message[1:])
         elif kind == "reply" and (reply := self._replies.get(message[1])):

@@ -12,6 +12,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -74,6 +75,10 @@ def main(descriptor: int) -> None:
             connection.send("stats", loop.snapshot())
 
     serving = Serving(loop, deliver)
+    questions: dict[str, Callable[..., Any]] = {
+        "explain": loop.explain,
+        "kv_snapshot": loop.kv_snapshot,
+    }
 
     def read() -> None:
         try:
@@ -83,7 +88,10 @@ def main(descriptor: int) -> None:
                 elif message[0] == "abort":
                     serving.post(message[1])
                 elif message[0] == "ask":
-                    connection.send("reply", message[1], loop.explain(message[3]))
+                    answer = None
+                    with suppress(Exception):  # asked beside a running step, which may interfere
+                        answer = questions[message[2]](*message[3:])
+                    connection.send("reply", message[1], answer)
         finally:
             serving.close()
 

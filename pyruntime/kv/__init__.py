@@ -5,17 +5,21 @@ Contract
 The pool alone owns block ids, block tables, eviction and copies. Everybody else names requests.
 
 - ``admit(request, tokens, namespace, reserve) -> cached``: make a request known; returns how many
-  of its first tokens are in memory already. `reserve` tokens count as promised.
+  of its first tokens are in memory already and now its own; the last token never is. `reserve`
+  tokens count as promised. The scheduler asks for it, by ``start``, when a request leaves the
+  queue.
 - ``dry_run(grow, free) -> blocks left``: what a step would leave, negative for a deficit. ``grow``
   holds (request, tokens it then holds), ``free`` requests whose blocks return first, freed or
   swapped out. No change. With several groups: of the group where least is left.
 - ``step(grow, free, swap_out, swap_in) -> StepTables``: all or nothing. `CapacityError` leaves
   everything as it was. Swapping out what is out, or in what is in, does nothing, so that the step
   of a failed plan may be repeated.
-- ``commit(request, tokens, layers)``: the first `tokens` are valid in `layers` layers. Only what is
-  valid in all of them may ever be shared, and only then may a sliding window release blocks.
+- ``commit(request, tokens, layers, ids)``: the first `tokens` are valid in `layers` layers; `ids`
+  begins with them. Only what is valid in all layers may ever be shared, and only then may a sliding
+  window release blocks.
 - ``observe(requests, marks)``: the attention marks of a step whose tables had `alpha`.
 - ``free(request)``: its blocks return, in every tier.
+- ``events(since)``, ``snapshot()``, where a pool shares content: see `pyruntime.kv.events`.
 - ``fits(tokens)``: whether a lone sequence of `tokens` could ever fit. ``promised``: blocks that
   admitted requests reserved and do not hold yet. ``can_swap(request)``: whether a lower tier has
   room for its blocks.
@@ -35,14 +39,19 @@ likes. Tables, storage, plan and result each say in `device` and `stream` where 
 and which work they are ordered after; here ``"cpu"`` and 0.
 """
 
+from pyruntime.kv.events import EventLog, block_keys
+from pyruntime.kv.prefix import ReferencePrefixPool
 from pyruntime.kv.reference import ReferenceBlockPool
 from pyruntime.kv.tables import BlockPool, GroupTable, KvGroup, KvStorage, StepTables
 
 __all__ = [
     "BlockPool",
+    "EventLog",
     "GroupTable",
     "KvGroup",
     "KvStorage",
     "ReferenceBlockPool",
+    "ReferencePrefixPool",
     "StepTables",
+    "block_keys",
 ]

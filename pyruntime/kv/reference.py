@@ -21,7 +21,7 @@ HOLE = -1
 
 
 @dataclass(slots=True)
-class _Sequence:
+class SequenceBlocks:
     blocks: list[list[int]]
     """Per group; `HOLE` where the window has moved on."""
     reserve: int
@@ -69,7 +69,7 @@ class ReferenceBlockPool:
         self.host_blocks = host_blocks if storage is not None else 0
         self._storage = storage
         self._free = [list(range(num_blocks - 1, -1, -1)) for _ in self.groups]
-        self._sequences: dict[int, _Sequence] = {}
+        self._sequences: dict[int, SequenceBlocks] = {}
 
     def blocks_for(self, tokens: int) -> int:
         """Return the blocks that `tokens` tokens fill."""
@@ -91,8 +91,14 @@ class ReferenceBlockPool:
         """
         if request in self._sequences:
             raise StateError(f"request {request} is in the pool already")
-        self._sequences[request] = _Sequence([[] for _ in self.groups], self.blocks_for(reserve))
+        self._sequences[request] = SequenceBlocks(
+            [[] for _ in self.groups], self.blocks_for(reserve)
+        )
         return 0
+
+    def start(self, request: int) -> int:
+        """Make a request known whose tokens do not matter; see `pyruntime.sched.KvView`."""
+        return 0 if self.knows(request) else self.admit(request, np.empty(0, np.int32))
 
     def knows(self, request: int) -> bool:
         """Whether the request was admitted and not freed since."""
@@ -175,6 +181,7 @@ class ReferenceBlockPool:
         for request, tokens in grow:
             counts = self._need(request, tokens)
             for group, blocks in enumerate(self._sequences[request].blocks):
+                self._reserve(group, counts[group])
                 blocks.extend(self._free[group].pop() for _ in range(counts[group]))
         tables = []
         for group in range(len(self.groups)):
@@ -185,7 +192,13 @@ class ReferenceBlockPool:
             tables.append(GroupTable(table, self.block_size, np.zeros(len(grow), np.int32)))
         return StepTables(tables, {request: row for row, (request, _) in enumerate(grow)})
 
-    def commit(self, request: int, tokens: int, layers: int) -> None:
+    def commit(
+        self,
+        request: int,
+        tokens: int,
+        layers: int,
+        ids: NDArray[np.int32] | None = None,
+    ) -> None:
         """Note that the first `tokens` tokens are valid in `layers` layers."""
         sequence = self._sequences.get(request)
         if sequence is None:
@@ -210,8 +223,15 @@ class ReferenceBlockPool:
         """Return a request's blocks; unknown requests are ignored."""
         sequence = self._sequences.pop(request, None)
         if sequence is not None:
-            for group, blocks in enumerate(sequence.blocks):
-                self._free[group].extend(b for b in reversed(blocks) if b != HOLE)
+            self._release(sequence)
+
+    def _release(self, sequence: SequenceBlocks) -> None:
+        for group, blocks in enumerate(sequence.blocks):
+            self._free[group].extend(b for b in reversed(blocks) if b != HOLE)
+            blocks.clear()
+
+    def _reserve(self, group: int, count: int) -> None:
+        """Make sure that the group's free list holds `count` blocks."""
 
     # Swapping
 
@@ -232,7 +252,7 @@ class ReferenceBlockPool:
             if s.swapped is not None and r not in free
         )
 
-    def _swap_out(self, sequence: _Sequence) -> None:
+    def _swap_out(self, sequence: SequenceBlocks) -> None:
         if sequence.swapped is not None:
             return
         assert self._storage is not None
@@ -245,10 +265,9 @@ class ReferenceBlockPool:
             sequence.swapped.append(
                 {i: [part[b].copy() for part in arrays] for i, b in enumerate(blocks) if b != HOLE}
             )
-            self._free[group].extend(b for b in reversed(blocks) if b != HOLE)
-            blocks.clear()
+        self._release(sequence)
 
-    def _swap_in(self, sequence: _Sequence) -> None:
+    def _swap_in(self, sequence: SequenceBlocks) -> None:
         if sequence.swapped is None:
             return
         assert self._storage is not None
@@ -257,6 +276,7 @@ class ReferenceBlockPool:
             arrays = [
                 p for la in layers for p in (self._storage.keys[la], self._storage.values[la])
             ]
+            self._reserve(group, len(kept))
             for index in range(sequence.lengths[group]):
                 block = self._free[group].pop() if index in kept else HOLE
                 sequence.blocks[group].append(block)

@@ -177,8 +177,8 @@ class BlockPool(Protocol):
         """Free and swap, then grow; return the tables of the requests in `grow`."""
         ...
 
-    def commit(self, request: int, tokens: int, layers: int) -> None:
-        """Note that the first `tokens` tokens are valid in `layers` layers."""
+    def commit(self, request: int, tokens: int, layers: int, ids: Ints | None = None) -> None:
+        """Note that the first `tokens` tokens, which `ids` begins with, are valid in `layers`."""
         ...
 
     def observe(self, requests: Sequence[int], marks: dict[int, NDArray[np.uint8]]) -> None:

@@ -40,6 +40,10 @@ class KvView(Protocol):
         """Whether a sequence of `tokens` can ever fit."""
         ...
 
+    def start(self, request: int) -> int:
+        """Make a request that leaves the queue known; return its tokens in memory already."""
+        ...
+
     def can_swap(self, request: int) -> bool:
         """Whether the request's blocks could move to a lower tier now."""
         ...

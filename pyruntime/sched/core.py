@@ -296,7 +296,9 @@ class Scheduler:
         prefilling = [r for r in eligible if r.state is State.PREFILL]
         closed = bool(preempted) or only is not None
         kept: list[Piece] = []
-        for piece in self._pieces(now, pool, decode, prefilling, left, closed):
+        pieces = self._pieces(now, pool, decode, prefilling, left, closed)
+        left = pool.dry_run(grow, [request_id for request_id, _ in preempted])  # starts took some
+        for piece in pieces:
             request_id, low, high, layer_lo, layer_hi = piece
             if layer_lo == 0:  # later slices of a layered prefill hold their memory already
                 need = pool.need(request_id, high)
@@ -353,7 +355,9 @@ class Scheduler:
                 return None
             request = self._admit(now, pool, free)
             if request is not None:
-                free -= pool.need(request.id, request.known + 1)
+                free -= pool.need(request.id, request.known + 1)  # as if nothing were cached
+                if not request.swapped:
+                    request.computed = request.cached_len = pool.start(request.id)
             return request
 
         pieces = self._ask(

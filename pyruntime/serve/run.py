@@ -112,13 +112,12 @@ class Run:
 
     async def start(self) -> None:
         """Wait until the engine has accepted every choice; raise `ApiError` if it has not."""
-        for choice, stream in zip(self.choices, self._streams, strict=True):
+        for stream in self._streams:
             try:
                 first = await anext(stream)
             except ClosedError as error:
                 self.abort()
                 raise ApiError(503, str(error)) from None
-            choice.cached_tokens = first.cached_tokens
             if first.finish_reason:
                 self.abort()
                 raise ApiError(STATUS_OF.get(first.error_kind, 500), first.error)
@@ -145,6 +144,7 @@ class Run:
                 raise ApiError(STATUS_OF.get(delta.error_kind, 500), delta.error)
             if delta.tokens:
                 if choice.num_tokens == 0:
+                    choice.cached_tokens = delta.cached_tokens
                     self._metrics.first_token(now - self._begin)
                     self._ttft = self._ttft or now - self._begin
                 else:
