@@ -1,6 +1,8 @@
 // The border between cores and the C ABI: exceptions become a status and a thread-local message.
 #pragma once
 
+#include <cstdint>
+#include <initializer_list>
 #include <new>
 
 #include "base/status.hpp"
@@ -30,6 +32,29 @@ pyrt_status guard(Body&& body) noexcept {
 // Throws PYRT_EINVAL naming the argument when `pointer` is null.
 inline void require(const void* pointer, const char* name) {
   if (pointer == nullptr) fail(PYRT_EINVAL, "%s must not be NULL", name);
+}
+
+// As require, and the elements must be aligned: what is behind a misaligned address is undefined.
+template <class T>
+void require_array(const T* array, const char* name) {
+  require(array, name);
+  if (reinterpret_cast<uintptr_t>(array) % alignof(T) != 0) {
+    fail(PYRT_EINVAL, "%s is %p; it must be aligned to its %zu-byte elements", name,
+         static_cast<const void*>(array), sizeof(T));
+  }
+}
+
+// Throws PYRT_EINVAL when an array of these extents (none negative) exceeds any address space,
+// which also means that indices into it cannot overflow.
+inline void require_extents(std::initializer_list<int64_t> extents, const char* name) {
+  constexpr int64_t kMaxElements = int64_t{1} << 47;
+  unsigned __int128 elements = 1;
+  for (const int64_t extent : extents) {
+    elements *= static_cast<uint64_t>(extent);
+    if (elements > kMaxElements) {
+      fail(PYRT_EINVAL, "%s would have more than 2^47 elements; no address space holds it", name);
+    }
+  }
 }
 
 }  // namespace pyruntime::capi

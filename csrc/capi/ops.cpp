@@ -57,12 +57,20 @@ void check_cache(const pyrt_ops_kv_cache* cache) {
   if (cache->dtype != PYRT_KV_FLOAT32) {
     fail(PYRT_EUNSUPPORTED, "cache.dtype is %u; PYRT_KV_FLOAT32 is supported", cache->dtype);
   }
-  capi::require(cache->k, "cache.k");
-  capi::require(cache->v, "cache.v");
+  capi::require_array(static_cast<const float*>(cache->k), "cache.k");
+  capi::require_array(static_cast<const float*>(cache->v), "cache.v");
   positive(cache->num_blocks, "cache.num_blocks");
   positive(cache->block_size, "cache.block_size");
   positive(cache->kv_heads, "cache.kv_heads");
   positive(cache->head_dim, "cache.head_dim");
+  not_negative(cache->block_stride, "cache.block_stride");
+  not_negative(cache->slot_stride, "cache.slot_stride");
+  not_negative(cache->head_stride, "cache.head_stride");
+  capi::require_extents({cache->num_blocks, cache->block_size, cache->kv_heads, cache->head_dim},
+                        "cache");
+  capi::require_extents({cache->num_blocks, cache->block_stride}, "cache");
+  capi::require_extents({cache->block_size, cache->slot_stride}, "cache");
+  capi::require_extents({cache->kv_heads, cache->head_stride}, "cache");
 }
 
 void check_sampling(const pyrt_ops_sampling& s, int64_t row) {
@@ -98,12 +106,15 @@ pyrt_status pyrt_ops_linear(const float* x, int64_t n, int64_t k, int64_t x_stri
     positive(k, "k");
     not_negative(m, "m");
     if (n == 0 || m == 0) return;
-    capi::require(x, "x");
-    capi::require(weight, "weight");
-    capi::require(out, "out");
+    capi::require_array(x, "x");
+    capi::require_array(weight, "weight");
+    capi::require_array(out, "out");
     stride_covers(x_stride, k, n, "x_stride");
     stride_covers(weight_stride, k, m, "weight_stride");
     stride_covers(out_stride, m, n, "out_stride");
+    capi::require_extents({n, std::max(x_stride, k)}, "x");
+    capi::require_extents({m, std::max(weight_stride, k)}, "weight");
+    capi::require_extents({n, std::max(out_stride, m)}, "out");
     ops::linear(x, n, k, x_stride, weight, m, weight_stride, bias, out, out_stride);
   });
 }
@@ -113,10 +124,13 @@ pyrt_status pyrt_ops_embedding(const int32_t* ids, int64_t n, const float* table
   return capi::guard([&] {
     not_negative(n, "n");
     if (n == 0) return;
-    capi::require(ids, "ids");
-    capi::require(table, "table");
-    capi::require(out, "out");
+    capi::require_array(ids, "ids");
+    capi::require_array(table, "table");
+    capi::require_array(out, "out");
     positive(d, "d");
+    not_negative(rows, "rows");
+    capi::require_extents({rows, d}, "table");
+    capi::require_extents({n, d}, "out");
     in_range(ids, n, 0, rows, "ids");
     for (int64_t i = 0; i < n; ++i) std::copy_n(table + ids[i] * d, d, out + i * d);
   });
@@ -127,10 +141,11 @@ pyrt_status pyrt_ops_rms_norm(const float* x, int64_t n, int64_t d, const float*
   return capi::guard([&] {
     not_negative(n, "n");
     if (n == 0) return;
-    capi::require(x, "x");
-    capi::require(weight, "weight");
-    capi::require(out, "out");
+    capi::require_array(x, "x");
+    capi::require_array(weight, "weight");
+    capi::require_array(out, "out");
     positive(d, "d");
+    capi::require_extents({n, d}, "x");
     ops::rms_norm(x, n, d, weight, eps, out);
   });
 }
@@ -139,8 +154,9 @@ pyrt_status pyrt_ops_add(float* x, const float* y, int64_t count) noexcept {
   return capi::guard([&] {
     not_negative(count, "count");
     if (count == 0) return;
-    capi::require(x, "x");
-    capi::require(y, "y");
+    capi::require_array(x, "x");
+    capi::require_array(y, "y");
+    capi::require_extents({count}, "x");
     for (int64_t i = 0; i < count; ++i) x[i] += y[i];
   });
 }
@@ -150,7 +166,8 @@ pyrt_status pyrt_ops_clamp(float* x, int64_t count, float limit) noexcept {
     not_negative(count, "count");
     if (!(limit > 0.0f)) fail(PYRT_EINVAL, "limit is %g; it must be positive", limit);
     if (count == 0) return;
-    capi::require(x, "x");
+    capi::require_array(x, "x");
+    capi::require_extents({count}, "x");
     for (int64_t i = 0; i < count; ++i) {
       x[i] = x[i] > limit ? limit : x[i] < -limit ? -limit : x[i];
     }
@@ -162,9 +179,10 @@ pyrt_status pyrt_ops_silu_mul(const float* gate, const float* up, int64_t count,
   return capi::guard([&] {
     not_negative(count, "count");
     if (count == 0) return;
-    capi::require(gate, "gate");
-    capi::require(up, "up");
-    capi::require(out, "out");
+    capi::require_array(gate, "gate");
+    capi::require_array(up, "up");
+    capi::require_array(out, "out");
+    capi::require_extents({count}, "gate");
     ops::silu_mul(gate, up, count, out);
   });
 }
@@ -174,16 +192,19 @@ pyrt_status pyrt_ops_rope(float* x, int64_t n, int64_t heads, int64_t d, const i
   return capi::guard([&] {
     not_negative(n, "n");
     if (n == 0) return;
-    capi::require(x, "x");
-    capi::require(positions, "positions");
-    capi::require(cos, "cos");
-    capi::require(sin, "sin");
+    capi::require_array(x, "x");
+    capi::require_array(positions, "positions");
+    capi::require_array(cos, "cos");
+    capi::require_array(sin, "sin");
     positive(heads, "heads");
     positive(half, "half");
-    if (2 * half > d) {
+    if (half > d / 2) {
       fail(PYRT_EINVAL, "half is %lld; twice it must not exceed d = %lld",
            static_cast<long long>(half), static_cast<long long>(d));
     }
+    not_negative(rows, "rows");
+    capi::require_extents({n, heads, d}, "x");
+    capi::require_extents({rows, half}, "cos");
     in_range(positions, n, 0, rows, "positions");
     ops::rope(x, n, heads, d, positions, cos, sin, half);
   });
@@ -195,9 +216,10 @@ pyrt_status pyrt_ops_kv_write(const pyrt_ops_kv_cache* cache, const int64_t* slo
     check_cache(cache);
     not_negative(n, "n");
     if (n == 0) return;
-    capi::require(slots, "slots");
-    capi::require(k, "k");
-    capi::require(v, "v");
+    capi::require_array(slots, "slots");
+    capi::require_array(k, "k");
+    capi::require_array(v, "v");
+    capi::require_extents({n, cache->kv_heads, cache->head_dim}, "k");
     in_range(slots, n, -1, cache->num_blocks * cache->block_size, "slots");
     ops::kv_write(*cache, slots, n, k, v);
   });
@@ -214,11 +236,11 @@ pyrt_status pyrt_ops_paged_attention(const pyrt_ops_kv_cache* cache,
     }
     not_negative(call->n, "n");
     if (call->n == 0) return;
-    capi::require(call->q, "q");
-    capi::require(call->tables, "tables");
-    capi::require(call->rows, "rows");
-    capi::require(call->visible, "visible");
-    capi::require(call->out, "out");
+    capi::require_array(call->q, "q");
+    capi::require_array(call->tables, "tables");
+    capi::require_array(call->rows, "rows");
+    capi::require_array(call->visible, "visible");
+    capi::require_array(call->out, "out");
     positive(call->heads, "heads");
     if (call->heads % cache->kv_heads != 0) {
       fail(PYRT_EINVAL, "heads is %d; it must be a multiple of kv_heads = %lld", call->heads,
@@ -226,9 +248,15 @@ pyrt_status pyrt_ops_paged_attention(const pyrt_ops_kv_cache* cache,
     }
     not_negative(call->window, "window");
     positive(call->table_stride, "table_stride");
+    not_negative(call->num_tables, "num_tables");
+    capi::require_extents({call->n, call->heads, cache->head_dim}, "q");
+    capi::require_extents({call->num_tables, call->table_stride}, "tables");
+    capi::require_extents({call->table_stride, cache->block_size}, "a table");
     in_range(call->rows, call->n, 0, call->num_tables, "rows");
     in_range(call->visible, call->n, 0, call->table_stride * cache->block_size + 1, "visible");
     if (call->above != nullptr) {
+      not_negative(call->above_stride, "above_stride");
+      capi::require_extents({call->n, call->above_stride}, "above");
       in_range(call->visible, call->n, 0, call->above_stride + 1, "visible (above_stride)");
     }
     for (int64_t i = 0; i < call->n; ++i) {
@@ -260,9 +288,10 @@ pyrt_status pyrt_ops_router(const float* logits, int64_t n, int64_t experts, int
            scoring);
     }
     if (n == 0) return;
-    capi::require(logits, "logits");
-    capi::require(ids, "ids");
-    capi::require(weights, "weights");
+    capi::require_array(logits, "logits");
+    capi::require_array(ids, "ids");
+    capi::require_array(weights, "weights");
+    capi::require_extents({n, experts}, "logits");
     ops::router(logits, n, experts, top_k, scoring == PYRT_ROUTER_SIGMOID, normalise != 0, ids,
                 weights);
   });
@@ -279,13 +308,16 @@ pyrt_status pyrt_ops_moe_ffn(const float* x, int64_t n, int64_t d, const int32_t
     positive(top_k, "top_k");
     positive(experts, "experts");
     if (n == 0) return;
-    capi::require(x, "x");
-    capi::require(ids, "ids");
-    capi::require(weights, "weights");
-    capi::require(gate, "gate");
-    capi::require(up, "up");
-    capi::require(down, "down");
-    capi::require(out, "out");
+    capi::require_array(x, "x");
+    capi::require_array(ids, "ids");
+    capi::require_array(weights, "weights");
+    capi::require_array(gate, "gate");
+    capi::require_array(up, "up");
+    capi::require_array(down, "down");
+    capi::require_array(out, "out");
+    capi::require_extents({n, d}, "x");
+    capi::require_extents({n, top_k}, "ids");
+    capi::require_extents({experts, f, d}, "gate");
     in_range(ids, n * top_k, -1, experts, "ids");
     ops::moe_ffn(x, n, d, ids, weights, top_k, gate, up, down, experts, f, out);
   });
@@ -301,30 +333,31 @@ pyrt_status pyrt_ops_sample(float* logits, int64_t n, int64_t vocab,
     not_negative(n, "n");
     positive(vocab, "vocab");
     if (n == 0) return;
-    capi::require(logits, "logits");
-    capi::require(sampling, "sampling");
-    capi::require(tokens, "tokens");
-    capi::require(logprobs, "logprobs");
+    capi::require_array(logits, "logits");
+    capi::require_array(sampling, "sampling");
+    capi::require_array(tokens, "tokens");
+    capi::require_array(logprobs, "logprobs");
     capi::require(status, "status");
+    capi::require_extents({n, vocab}, "logits");
     for (int64_t i = 0; i < n; ++i) {
       check_sampling(sampling[i], i);
       if (sampling[i].num_logprobs > 0) {
-        capi::require(top_ids, "top_ids");
-        capi::require(top_logprobs, "top_logprobs");
+        capi::require_array(top_ids, "top_ids");
+        capi::require_array(top_logprobs, "top_logprobs");
       }
     }
     if (bias_offsets != nullptr) {
       check_offsets(bias_offsets, n, "bias_offsets");
       if (bias_offsets[n] > 0) {
-        capi::require(bias_ids, "bias_ids");
-        capi::require(bias_values, "bias_values");
+        capi::require_array(bias_ids, "bias_ids");
+        capi::require_array(bias_values, "bias_values");
       }
       in_range(bias_ids, bias_offsets[n], 0, vocab, "bias_ids");
     }
     if (token_offsets != nullptr) {
       check_offsets(token_offsets, n, "token_offsets");
-      capi::require(num_prompt, "num_prompt");
-      if (token_offsets[n] > 0) capi::require(token_ids, "token_ids");
+      capi::require_array(num_prompt, "num_prompt");
+      if (token_offsets[n] > 0) capi::require_array(token_ids, "token_ids");
       in_range(token_ids, token_offsets[n], 0, vocab, "token_ids");
       for (int64_t i = 0; i < n; ++i) {
         in_range(num_prompt + i, 1, 0, token_offsets[i + 1] - token_offsets[i] + 1, "num_prompt");

@@ -118,7 +118,7 @@ pyrt_status pyrt_pool_get_bulk(pyrt_pool* pool, void** out, size_t n) noexcept {
   return capi::guard([&] {
     capi::require(pool, "pool");
     if (n == 0) return;
-    capi::require(out, "out");
+    capi::require_array(out, "out");
     if (!pool->get_bulk(out, n)) exhausted(*pool, n);
   });
 }
@@ -127,6 +127,9 @@ pyrt_status pyrt_pool_put_bulk(pyrt_pool* pool, void* const* objects, size_t n) 
   if (pool == nullptr) return capi::set_error(PYRT_EINVAL, "pool must not be NULL");
   if (n == 0) return PYRT_OK;
   if (objects == nullptr) return capi::set_error(PYRT_EINVAL, "objects must not be NULL");
+  if (n > pool->max_capacity()) {
+    return capi::set_error(PYRT_EINVAL, "n exceeds the objects the pool ever had out");
+  }
   const pyrt_status status = pool->put_bulk(objects, n);
   return status == PYRT_OK ? status : refuse(*pool, status, culprit(*pool, objects, n));
 }
@@ -135,7 +138,8 @@ pyrt_status pyrt_pool_get_indices(pyrt_pool* pool, uint32_t* out, size_t n) noex
   return capi::guard([&] {
     capi::require(pool, "pool");
     if (n == 0) return;
-    capi::require(out, "out");
+    capi::require_array(out, "out");
+    if (n > pool->max_capacity()) exhausted(*pool, n);
     if (pool->max_capacity() > UINT32_MAX) {
       fail(PYRT_EUNSUPPORTED, "indices are 32-bit and the pool may hold more than 2^32 objects");
     }
@@ -158,7 +162,11 @@ pyrt_status pyrt_pool_put_indices(pyrt_pool* pool, const uint32_t* indices, size
   return capi::guard([&] {
     capi::require(pool, "pool");
     if (n == 0) return;
-    capi::require(indices, "indices");
+    capi::require_array(indices, "indices");
+    if (n > pool->max_capacity()) {
+      fail(PYRT_EINVAL, "n is %zu; the pool never had more than %llu objects out", n,
+           static_cast<unsigned long long>(pool->max_capacity()));
+    }
     std::vector<void*> objects(n);
     for (size_t i = 0; i < n; ++i) {
       objects[i] = pyrt_pool_ptr_of(pool, indices[i]);

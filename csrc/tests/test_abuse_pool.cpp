@@ -1,0 +1,280 @@
+// Bad input at every entry of abi.h and pool.h; see support/abuse.hpp.
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <cstring>
+
+#include "tests/support/abuse.hpp"
+
+using namespace pyruntime::abuse;
+
+namespace {
+
+std::vector<Row> abi_rows() {
+  return {
+      {"pyrt_abi_version", "", [] { return ok_if(pyrt_abi_version() >= 1); }, PYRT_OK},
+      {"pyrt_version", "", [] { return ok_if(*pyrt_version() != 0); }, PYRT_OK},
+      {"pyrt_status_name", "no status",
+       [] { return ok_if(std::strcmp(pyrt_status_name(INT32_MIN), "unknown status") == 0); },
+       PYRT_OK},
+      {"pyrt_last_error", "never NULL", [] { return ok_if(pyrt_last_error() != nullptr); },
+       PYRT_OK},
+      {"pyrt_set_log_callback", "NULL",
+       [] {
+         pyrt_set_log_callback(nullptr, nullptr);
+         return PYRT_OK;
+       },
+       PYRT_OK},
+      {"pyrt_simd_level", "", [] { return ok_if(*pyrt_simd_level() != 0); }, PYRT_OK},
+      {"pyrt_simd_detected", "", [] { return ok_if(*pyrt_simd_detected() != 0); }, PYRT_OK},
+      {"pyrt_stop_create", "null", [] { return pyrt_stop_create(nullptr); }},
+      {"pyrt_stop_destroy", "null",
+       [] {
+         pyrt_stop_destroy(nullptr);
+         return PYRT_OK;
+       },
+       PYRT_OK},
+      {"pyrt_stop_set", "null",
+       [] {
+         pyrt_stop_set(nullptr, 1);
+         return PYRT_OK;
+       },
+       PYRT_OK},
+      {"pyrt_stop_is_set", "null", [] { return ok_if(pyrt_stop_is_set(nullptr) == 0); }, PYRT_OK},
+      {"pyrt_threads_size", "", [] { return ok_if(pyrt_threads_size() >= 1); }, PYRT_OK},
+      {"pyrt_threads_resize", "zero", [] { return pyrt_threads_resize(0); }},
+      {"pyrt_threads_resize", "negative", [] { return pyrt_threads_resize(-1); }},
+      {"pyrt_threads_resize", "huge", [] { return pyrt_threads_resize(INT32_MAX); }},
+  };
+}
+
+TEST(AbiAbuse, Abi) {
+  run(abi_rows());
+  expect_covered("abi.h", abi_rows());
+}
+
+// One pool with an object out, which every row must find as it was.
+class PoolState {
+ public:
+  PoolState() {
+    pyrt_pool_options_init(&options);
+    options.object_bytes = 64;
+    options.capacity = 100;
+    options.check = PYRT_CHECK_STATE;
+    EXPECT_EQ(pyrt_pool_create(&options, &pool), PYRT_OK);
+    mine = pyrt_pool_get(pool);
+    other = pyrt_pool_get(pool);
+    EXPECT_EQ(pyrt_pool_put(pool, other), PYRT_OK);
+  }
+  ~PoolState() {
+    EXPECT_EQ(pyrt_pool_put(pool, mine), PYRT_OK);
+    EXPECT_EQ(pyrt_pool_check(pool), PYRT_OK) << pyrt_last_error();
+    EXPECT_EQ(pyrt_pool_destroy(pool, 0), PYRT_OK) << pyrt_last_error();
+  }
+
+  pyrt_pool_options options;
+  pyrt_pool* pool = nullptr;
+  void* mine = nullptr;   // out
+  void* other = nullptr;  // free
+  void* objects[300] = {};
+  uint32_t indices[300] = {};
+  pyrt_pool* made = nullptr;
+};
+
+pyrt_status create_with(PoolState& s, const std::function<void(pyrt_pool_options&)>& change) {
+  pyrt_pool_options options = s.options;
+  change(options);
+  const pyrt_status status = pyrt_pool_create(&options, &s.made);
+  EXPECT_EQ(s.made, nullptr) << "an out-pointer is written on success only";
+  return status;
+}
+
+std::vector<Row> pool_rows(PoolState& s) {
+  const auto created = [&s](auto change) {
+    return [&s, change] { return create_with(s, change); };
+  };
+  using O = pyrt_pool_options;
+  return {
+      {"pyrt_pool_options_init", "null",
+       [] {
+         pyrt_pool_options_init(nullptr);
+         return PYRT_OK;
+       },
+       PYRT_OK},
+      {"pyrt_pool_create", "null options", [&] { return pyrt_pool_create(nullptr, &s.made); }},
+      {"pyrt_pool_create", "null out", [&] { return pyrt_pool_create(&s.options, nullptr); }},
+      {"pyrt_pool_create", "struct_size 0", created([](O& o) { o.struct_size = 0; })},
+      {"pyrt_pool_create", "zero bytes", created([](O& o) { o.object_bytes = 0; })},
+      {"pyrt_pool_create", "huge bytes", created([](O& o) { o.object_bytes = ~0ull; })},
+      {"pyrt_pool_create", "zero capacity", created([](O& o) { o.capacity = 0; })},
+      {"pyrt_pool_create", "huge capacity", created([](O& o) { o.capacity = ~0ull; })},
+      {"pyrt_pool_create", "huge max_capacity", created([](O& o) { o.max_capacity = ~0ull; })},
+      {"pyrt_pool_create", "max_capacity below", created([](O& o) { o.max_capacity = 5; })},
+      {"pyrt_pool_create", "align 3", created([](O& o) { o.align = 3; })},
+      {"pyrt_pool_create", "align huge", created([](O& o) { o.align = 1ull << 63; })},
+      {"pyrt_pool_create", "pages", created([](O& o) { o.pages = 4; })},
+      {"pyrt_pool_create", "prefault", created([](O& o) { o.prefault = 3; })},
+      {"pyrt_pool_create", "check", created([](O& o) { o.check = 3; })},
+      {"pyrt_pool_create", "fork", created([](O& o) { o.fork = 2; })},
+      {"pyrt_pool_create", "node", created([](O& o) { o.node = 64; })},
+      {"pyrt_pool_create", "node below", created([](O& o) { o.node = INT32_MIN; })},
+      {"pyrt_pool_create", "cache_objects", created([](O& o) { o.cache_objects = 513; })},
+      {"pyrt_pool_create", "more than an address space", created([](O& o) {
+         o.object_bytes = 1 << 30;
+         o.capacity = 1ull << 40;
+       }),
+       PYRT_ENOMEM},
+      {"pyrt_pool_destroy", "null", [] { return pyrt_pool_destroy(nullptr, 0); }, PYRT_OK},
+      {"pyrt_pool_destroy", "while an object is out", [&] { return pyrt_pool_destroy(s.pool, 0); },
+       PYRT_ESTATE},
+      {"pyrt_pool_get", "null", [] { return ok_if(pyrt_pool_get(nullptr) == nullptr); }, PYRT_OK},
+      {"pyrt_pool_put", "null pool", [&] { return pyrt_pool_put(nullptr, s.mine); }},
+      {"pyrt_pool_put", "null object", [&] { return pyrt_pool_put(s.pool, nullptr); }},
+      {"pyrt_pool_put", "foreign", [&] { return pyrt_pool_put(s.pool, &s); }},
+      {"pyrt_pool_put", "misaligned",
+       [&] { return pyrt_pool_put(s.pool, static_cast<char*>(s.mine) + 8); }},
+      {"pyrt_pool_put", "before the pool",
+       [&] { return pyrt_pool_put(s.pool, reinterpret_cast<void*>(uintptr_t{64})); }},
+      {"pyrt_pool_put", "end of memory",
+       [&] { return pyrt_pool_put(s.pool, reinterpret_cast<void*>(~uintptr_t{0})); }},
+      {"pyrt_pool_put", "twice", [&] { return pyrt_pool_put(s.pool, s.other); }, PYRT_ESTATE},
+      {"pyrt_pool_get_bulk", "null pool",
+       [&] { return pyrt_pool_get_bulk(nullptr, s.objects, 1); }},
+      {"pyrt_pool_get_bulk", "null out", [&] { return pyrt_pool_get_bulk(s.pool, nullptr, 1); }},
+      {"pyrt_pool_get_bulk", "misaligned",
+       [&] { return pyrt_pool_get_bulk(s.pool, misaligned(s.objects), 1); }},
+      {"pyrt_pool_get_bulk", "zero", [&] { return pyrt_pool_get_bulk(s.pool, nullptr, 0); },
+       PYRT_OK},
+      {"pyrt_pool_get_bulk", "too many", [&] { return pyrt_pool_get_bulk(s.pool, s.objects, 300); },
+       PYRT_EFULL},
+      {"pyrt_pool_get_bulk", "huge",
+       [&] { return pyrt_pool_get_bulk(s.pool, s.objects, kHugeSize); }, PYRT_EFULL},
+      {"pyrt_pool_put_bulk", "null pool", [&] { return pyrt_pool_put_bulk(nullptr, &s.mine, 1); }},
+      {"pyrt_pool_put_bulk", "null list", [&] { return pyrt_pool_put_bulk(s.pool, nullptr, 1); }},
+      {"pyrt_pool_put_bulk", "zero", [&] { return pyrt_pool_put_bulk(s.pool, nullptr, 0); },
+       PYRT_OK},
+      {"pyrt_pool_put_bulk", "huge",
+       [&] { return pyrt_pool_put_bulk(s.pool, &s.mine, kHugeSize); }},
+      {"pyrt_pool_put_bulk", "one of them twice",
+       [&] {
+         void* twice[] = {s.mine, s.mine};
+         return pyrt_pool_put_bulk(s.pool, twice, 2);
+       },
+       PYRT_ESTATE},
+      {"pyrt_pool_put_bulk", "one of them foreign",
+       [&] {
+         void* some[] = {s.mine, &s};
+         return pyrt_pool_put_bulk(s.pool, some, 2);
+       }},
+      {"pyrt_pool_get_indices", "null pool",
+       [&] { return pyrt_pool_get_indices(nullptr, s.indices, 1); }},
+      {"pyrt_pool_get_indices", "null out",
+       [&] { return pyrt_pool_get_indices(s.pool, nullptr, 1); }},
+      {"pyrt_pool_get_indices", "misaligned",
+       [&] { return pyrt_pool_get_indices(s.pool, misaligned(s.indices), 1); }},
+      {"pyrt_pool_get_indices", "too many",
+       [&] { return pyrt_pool_get_indices(s.pool, s.indices, 300); }, PYRT_EFULL},
+      {"pyrt_pool_get_indices", "huge",
+       [&] { return pyrt_pool_get_indices(s.pool, s.indices, kHugeSize); }, PYRT_EFULL},
+      {"pyrt_pool_put_indices", "null pool",
+       [&] { return pyrt_pool_put_indices(nullptr, s.indices, 1); }},
+      {"pyrt_pool_put_indices", "null list",
+       [&] { return pyrt_pool_put_indices(s.pool, nullptr, 1); }},
+      {"pyrt_pool_put_indices", "misaligned",
+       [&] { return pyrt_pool_put_indices(s.pool, misaligned(s.indices), 1); }},
+      {"pyrt_pool_put_indices", "huge",
+       [&] { return pyrt_pool_put_indices(s.pool, s.indices, kHugeSize); }},
+      {"pyrt_pool_put_indices", "out of range",
+       [&] {
+         const uint32_t index = UINT32_MAX;
+         return pyrt_pool_put_indices(s.pool, &index, 1);
+       }},
+      {"pyrt_pool_put_indices", "free already",
+       [&] {
+         const auto index = static_cast<uint32_t>(pyrt_pool_index_of(s.pool, s.other));
+         return pyrt_pool_put_indices(s.pool, &index, 1);
+       },
+       PYRT_ESTATE},
+      {"pyrt_pool_ptr_of", "null, and huge",
+       [&] {
+         return ok_if(pyrt_pool_ptr_of(nullptr, 0) == nullptr &&
+                      pyrt_pool_ptr_of(s.pool, ~0ull) == nullptr &&
+                      pyrt_pool_ptr_of(s.pool, 100) == nullptr);
+       },
+       PYRT_OK},
+      {"pyrt_pool_index_of", "null, foreign, misaligned",
+       [&] {
+         return ok_if(pyrt_pool_index_of(nullptr, s.mine) == -1 &&
+                      pyrt_pool_index_of(s.pool, nullptr) == -1 &&
+                      pyrt_pool_index_of(s.pool, &s) == -1 &&
+                      pyrt_pool_index_of(s.pool, static_cast<char*>(s.mine) + 1) == -1);
+       },
+       PYRT_OK},
+      {"pyrt_pool_get_layout", "null pool",
+       [] {
+         pyrt_pool_layout layout{};
+         return pyrt_pool_get_layout(nullptr, &layout);
+       }},
+      {"pyrt_pool_get_layout", "null out", [&] { return pyrt_pool_get_layout(s.pool, nullptr); }},
+      {"pyrt_pool_get_layout", "struct_size 0 writes nothing",
+       [&] {
+         pyrt_pool_layout layout{};
+         const pyrt_status status = pyrt_pool_get_layout(s.pool, &layout);
+         EXPECT_EQ(layout.base, nullptr);
+         return status;
+       },
+       PYRT_OK},
+      {"pyrt_pool_get_statistics", "null pool",
+       [] {
+         pyrt_pool_statistics statistics{};
+         return pyrt_pool_get_statistics(nullptr, &statistics);
+       }},
+      {"pyrt_pool_get_statistics", "null out",
+       [&] { return pyrt_pool_get_statistics(s.pool, nullptr); }},
+      {"pyrt_pool_prefault", "null", [] { return pyrt_pool_prefault(nullptr); }},
+      {"pyrt_pool_trim", "null", [] { return pyrt_pool_trim(nullptr, nullptr); }},
+      {"pyrt_pool_trim", "null out", [&] { return pyrt_pool_trim(s.pool, nullptr); }, PYRT_OK},
+      {"pyrt_pool_flush_thread", "null", [] { return pyrt_pool_flush_thread(nullptr); }},
+      {"pyrt_pool_check", "null", [] { return pyrt_pool_check(nullptr); }},
+      // Their other rows are those of test_abuse_gpu.cpp.
+      {"pyrt_pool_gather_async", "null", [] { return pyrt_pool_gather_async(nullptr, 0); }},
+      {"pyrt_pool_scatter_async", "null", [] { return pyrt_pool_scatter_async(nullptr, 0); }},
+  };
+}
+
+TEST(AbiAbuse, Pool) {
+  PoolState state;
+  run(pool_rows(state));
+  expect_covered("pool.h", pool_rows(state));
+  pyrt_pool_statistics statistics;
+  statistics.struct_size = sizeof statistics;
+  ASSERT_EQ(pyrt_pool_get_statistics(state.pool, &statistics), PYRT_OK);
+  EXPECT_EQ(statistics.in_use, 1u) << "nothing was lost or handed out by a refused call";
+}
+
+TEST(AbiAbuse, AForkedChildOfAnExcludedPoolIsRefused) {
+  PoolState state;
+  pyrt_pool_options options = state.options;
+  options.fork = PYRT_FORK_EXCLUDE;
+  pyrt_pool* pool = nullptr;
+  ASSERT_EQ(pyrt_pool_create(&options, &pool), PYRT_OK);
+  void* object = pyrt_pool_get(pool);
+  const pid_t child = fork();
+  if (child == 0) {
+    uint32_t index = 0;
+    void* out = nullptr;
+    const bool refused = pyrt_pool_get(pool) == nullptr &&
+                         pyrt_pool_put(pool, object) == PYRT_ESTATE &&
+                         pyrt_pool_get_bulk(pool, &out, 1) == PYRT_ESTATE &&
+                         pyrt_pool_put_bulk(pool, &object, 1) == PYRT_ESTATE &&
+                         pyrt_pool_get_indices(pool, &index, 1) == PYRT_ESTATE;
+    _exit(refused ? 0 : 1);
+  }
+  int status = -1;
+  ASSERT_EQ(waitpid(child, &status, 0), child);
+  EXPECT_EQ(status, 0);
+  EXPECT_EQ(pyrt_pool_put(pool, object), PYRT_OK);
+  EXPECT_EQ(pyrt_pool_destroy(pool, 0), PYRT_OK);
+}
+
+}  // namespace
