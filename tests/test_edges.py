@@ -28,7 +28,7 @@ PYTHON = {
     **dict.fromkeys(FACADES, BASIC | {"gpu", "policy", "pool", "ops"}),
     "sched": {*BASIC, *FACADES} - {"_ext"},
     "engine": {*BASIC, *FACADES, "sched", "gpu", "models"},
-    "serve": {*BASIC, "engine", "sched", "models", "doctor"},
+    "serve": {*BASIC, "engine", "sched", "models", "doctor", "filter", "kv"},
     "models": BASIC,
 }
 

@@ -16,7 +16,7 @@ import asyncio
 import logging
 import threading
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any, Protocol
 
 from pyruntime.engine.loop import EngineLoop
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 class EngineClient(Protocol):
     """See the module's page."""
 
-    def submit(self, request: Submit) -> AsyncIterator[Delta]:
+    def submit(self, request: Submit) -> AsyncGenerator[Delta, None]:
         """Send a request and stream its deltas; leaving the iterator aborts the request."""
         ...
 
@@ -49,7 +49,7 @@ class EngineClient(Protocol):
         ...
 
     def kv_events(self, since: int) -> tuple[int, list[dict[str, Any]]]:
-        """Return the next sequence number and the events from `since` on (`pyruntime.kv.events`)."""
+        """Return the next sequence number and the events from `since` on; see `pyruntime.kv`."""
         ...
 
     def kv_snapshot(self) -> tuple[int, list[str]]:
@@ -79,7 +79,7 @@ class StreamingClient:
         """Bring a request, or the id of one to abort, to the engine."""
         raise NotImplementedError
 
-    async def submit(self, request: Submit) -> AsyncIterator[Delta]:
+    async def submit(self, request: Submit) -> AsyncGenerator[Delta, None]:
         """See `EngineClient`.
 
         Raises

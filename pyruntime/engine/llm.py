@@ -21,7 +21,7 @@ from pyruntime.errors import CapacityError, Error, InternalError, InvalidArgumen
 from pyruntime.kv import ReferencePrefixPool
 from pyruntime.sched import preset
 
-__all__ = ["LLM", "Completion", "make_loop"]
+__all__ = ["BLOCK_SIZE", "LLM", "Completion", "make_loop"]
 
 BLOCK_SIZE = 16
 

@@ -50,6 +50,7 @@ class Delta:
     """"stop", "length", "deadline", "abort" or "error"; None while it goes on."""
     error: str = ""
     error_kind: str = ""
-    """"invalid" (the request's fault), "full" (try later) or "internal"."""
+    """"invalid" (the request's fault), "full" (try later), "lost" (the engine died) or
+    "internal"."""
     cached_tokens: int = 0
     """With the first token: prompt tokens that were in memory already."""

@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
@@ -18,14 +19,17 @@ import uvicorn
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from pyruntime.engine.client import ThreadClient
-from pyruntime.engine.llm import LLM, make_loop
+from pyruntime.engine.client import EngineClient, ThreadClient
+from pyruntime.engine.config import ModelConfig
+from pyruntime.engine.llm import BLOCK_SIZE, LLM, make_loop
+from pyruntime.engine.process import ProcessClient
 from pyruntime.engine.sampling import SamplingParams
 from pyruntime.engine.text import Tokenizer
 from pyruntime.errors import Error
 from pyruntime.models import SHIPPED_NAME, shipped
 from pyruntime.serve.app import ServerConfig, create_app
 from pyruntime.serve.keys import ApiKeys
+from pyruntime.serve.router import Router
 
 __all__ = ["app"]
 
@@ -36,7 +40,7 @@ Model = Annotated[
     str | None,
     typer.Argument(help="Hugging Face model directory; the model that ships by default."),
 ]
-Policy = Annotated[str, typer.Option(help="Scheduling policy: fcfs or layered.")]
+Policy = Annotated[str, typer.Option(help="Scheduling policy: fcfs, layered or swap.")]
 KvMemory = Annotated[int, typer.Option(help="KV cache limit in MiB.", min=1)]
 
 
@@ -60,7 +64,7 @@ class JsonFormatter(logging.Formatter):
 class Server(uvicorn.Server):
     """uvicorn that drains the engine on SIGTERM or SIGINT before it ends."""
 
-    def __init__(self, config: uvicorn.Config, client: ThreadClient, grace_s: float) -> None:
+    def __init__(self, config: uvicorn.Config, client: EngineClient, grace_s: float) -> None:
         super().__init__(config)
         self._client = client
         self._grace_s = grace_s
@@ -105,28 +109,33 @@ def serve(
         list[str] | None,
         typer.Option(help="KEY[:TENANT[:MAX_PRIORITY]]; repeatable. Also PYRUNTIME_API_KEYS."),
     ] = None,
+    workers: Annotated[
+        int, typer.Option(help="Engine processes behind a router; 1 is a thread.", min=1, max=64)
+    ] = 1,
+    swap_memory: Annotated[int, typer.Option(help="MiB to swap to with policy swap.", min=0)] = 0,
     grace_s: Annotated[float, typer.Option(help="Seconds to finish after SIGTERM.", min=0)] = 30.0,
 ) -> None:
     """Serve a model over the OpenAI API, with a status page at /."""
     _log_to_stderr()
     directory = Path(model) if model else shipped()
     keys = ApiKeys([*(api_key or ()), *os.environ.get("PYRUNTIME_API_KEYS", "").split()])
+    options: dict[str, Any] = {
+        "policy": policy,
+        "kv_bytes": kv_memory << 20,
+        "max_running": max_running,
+        "max_queued": max_queued,
+        "swap_bytes": swap_memory << 20,
+    }
+    client: EngineClient
     with _loading(directory) as progress:
         tokenizer = Tokenizer(directory)
-        loop = make_loop(
-            directory,
-            policy=policy,
-            kv_bytes=kv_memory << 20,
-            max_running=max_running,
-            max_queued=max_queued,
-            progress=progress,
-        )
-    client = ThreadClient(loop)
+        max_len = ModelConfig.load(directory).max_len
+        if workers == 1:
+            client = ThreadClient(make_loop(directory, **options, progress=progress))
+        else:
+            client = _router(directory, options, workers, progress)
     config = ServerConfig(
-        name or (directory.name if model else SHIPPED_NAME),
-        loop.engine.config.max_len,
-        keys,
-        max_body << 10,
+        name or (directory.name if model else SHIPPED_NAME), max_len, keys, max_body << 10
     )
     application = create_app(client, tokenizer, config, client.close)
     settings = uvicorn.Config(
@@ -140,6 +149,16 @@ def serve(
     server = Server(settings, client, grace_s)
     console.print(f"serving {config.model} on http://{host}:{port}", highlight=False)
     server.run()
+
+
+def _router(directory: Path, options: dict[str, Any], workers: int, progress: Any) -> Router:
+    """Start engine processes behind a router; their cores are shared out."""
+    threads = max(1, len(os.sched_getaffinity(0)) // workers)
+
+    def connect(_: int, ended: Callable[[], None]) -> ProcessClient:
+        return ProcessClient(str(directory), options, progress, ended, threads)
+
+    return Router(connect, workers, BLOCK_SIZE)
 
 
 @app.command()

@@ -21,7 +21,7 @@ from pyruntime.serve.metrics import ServerMetrics
 __all__ = ["ApiError", "Choice", "Run"]
 
 log = logging.getLogger(__name__)
-STATUS_OF = {"invalid": 400, "full": 429, "internal": 500}
+STATUS_OF = {"invalid": 400, "full": 429, "internal": 500, "lost": 503}
 TYPE_OF = {
     400: "invalid_request_error",
     401: "authentication_error",
