@@ -1,5 +1,6 @@
 """What needs no device: typed refusals, and everything above the kernels on the host shim."""
 
+import json
 import os
 import subprocess
 import sys
@@ -156,8 +157,6 @@ def test_doctor_says_why(shim_library):
         "import json, pyruntime.doctor as d; r = d.examine();"
         "print(json.dumps([r['cuda'], r['falls_back_to']]))"
     )
-    import json
-
     cuda, notes = json.loads(python(code, PYRUNTIME_CUDA_LIBRARY="/nowhere/x.so"))
     assert "absent" in cuda["library"]
     assert not cuda["usable"]
@@ -174,3 +173,35 @@ def test_this_machine_says_what_it_lacks():
         errors.DeviceUnavailableError, match=r"built without|no CUDA driver|no device"
     ):
         gpu.info()
+
+
+DRIVER = """
+#include <string.h>
+int cuInit(unsigned flags) { return STATUS; }
+int cuDriverGetVersion(int* version) { *version = 13010; return 0; }
+int cuDeviceGetCount(int* count) { *count = 2; return 0; }
+int cuDeviceGet(int* device, int index) { *device = index; return 0; }
+int cuDeviceGetName(char* name, int size, int device) { strncpy(name, "Fake GPU", size); return 0; }
+int cuDeviceGetAttribute(int* value, int attribute, int device) {
+  *value = attribute == 75 ? 9 : device;
+  return 0;
+}
+"""
+
+
+@pytest.mark.parametrize("status", [0, 100])
+def test_doctor_lists_driver_and_devices(tmp_path, status):
+    if shim.COMPILER is None:
+        pytest.skip("no C++ compiler")
+    (tmp_path / "driver.c").write_text(DRIVER)
+    command = [shim.COMPILER, "-x", "c", f"-DSTATUS={status}", "-shared", "-fPIC"]
+    command += [str(tmp_path / "driver.c"), "-o", str(tmp_path / "libcuda.so.1")]
+    subprocess.run(command, check=True)
+    code = "import json, pyruntime.doctor as d; print(json.dumps(d.examine()['cuda']))"
+    cuda = json.loads(python(code, LD_LIBRARY_PATH=str(tmp_path)))
+    if status:
+        assert "cuInit failed with code 100" in cuda["driver"]
+        assert cuda["devices"] == []
+    else:
+        assert cuda["driver"] == "CUDA 13.1"
+        assert cuda["devices"] == ["Fake GPU (sm_90)", "Fake GPU (sm_91)"]

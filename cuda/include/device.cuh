@@ -20,10 +20,11 @@
 // What device code may use
 //   - __global__ __device__ __host__ __forceinline__ __launch_bounds__ __restrict__ __shared__;
 //     threadIdx blockIdx blockDim gridDim (three dimensions), warpSize; dim3, uint2, uint4.
-//   - dev::atomic_ref<T> (device scope), dev::block_atomic_ref<T>, with dev::relaxed, dev::acquire,
-//     dev::release, dev::acq_rel, dev::seq_cst. Or atomicAdd/Sub/Min/Max/And/Or/Xor/Exch/CAS,
-//     which are relaxed. No __threadfence: ThreadSanitizer cannot see fences, so publish through
-//     an atomic with release and acquire.
+//   - from "cuda/include/atomic.cuh" (which costs nvcc five seconds): dev::atomic_ref<T> (device
+//     scope), dev::block_atomic_ref<T>, with dev::relaxed, dev::acquire, dev::release,
+//     dev::acq_rel, dev::seq_cst. Or, without it, atomicAdd/Sub/Min/Max/And/Or/Xor/Exch/CAS, which
+//     are relaxed. No __threadfence: ThreadSanitizer cannot see fences, so publish through an
+//     atomic with release and acquire.
 //   - __syncthreads, __syncthreads_count/_and/_or; __syncwarp, __shfl[_up|_down|_xor]_sync,
 //     __ballot_sync, __any_sync, __all_sync, __match_any_sync, __reduce_*_sync. A shuffle or vote
 //     orders no memory; __syncwarp and __syncthreads do. No __activemask: masks are explicit.
@@ -49,11 +50,8 @@
 #if defined(__CUDACC__)
 #include <cuda_runtime.h>
 
-#include <cuda/atomic>
 #define PYRT_HOST_DEVICE __host__ __device__
 #else
-#include <atomic>
-
 #include "cuda/shim/cuda_host.hpp"
 #define PYRT_HOST_DEVICE
 #endif
@@ -66,17 +64,6 @@ namespace pyruntime::dev {
 #if defined(__CUDACC__)
 
 using Stream = cudaStream_t;
-
-template <class T>
-using atomic_ref = ::cuda::atomic_ref<T, ::cuda::thread_scope_device>;
-template <class T>
-using block_atomic_ref = ::cuda::atomic_ref<T, ::cuda::thread_scope_block>;
-
-inline constexpr auto relaxed = ::cuda::std::memory_order_relaxed;
-inline constexpr auto acquire = ::cuda::std::memory_order_acquire;
-inline constexpr auto release = ::cuda::std::memory_order_release;
-inline constexpr auto acq_rel = ::cuda::std::memory_order_acq_rel;
-inline constexpr auto seq_cst = ::cuda::std::memory_order_seq_cst;
 
 __device__ inline void pause() {
 #if defined(__CUDA_ARCH__)
@@ -99,17 +86,6 @@ __device__ inline void pause() {
 #else
 
 using Stream = void*;
-
-template <class T>
-using atomic_ref = std::atomic_ref<T>;
-template <class T>
-using block_atomic_ref = std::atomic_ref<T>;
-
-inline constexpr auto relaxed = std::memory_order_relaxed;
-inline constexpr auto acquire = std::memory_order_acquire;
-inline constexpr auto release = std::memory_order_release;
-inline constexpr auto acq_rel = std::memory_order_acq_rel;
-inline constexpr auto seq_cst = std::memory_order_seq_cst;
 
 inline void pause() { shim::yield(); }
 

@@ -6,7 +6,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-#if !defined(__x86_64__)
+#if !defined(__x86_64__) || defined(PYRT_SHIM_UCONTEXT)
 #include <ucontext.h>
 #endif
 
@@ -41,7 +41,7 @@ std::atomic<uint64_t> schedule_seed{0};
 
 // One stack's point of execution. Written out for x86-64: swapcontext makes two system calls, and
 // AddressSanitizer's interceptor of it warns and wipes the stack's poison.
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(PYRT_SHIM_UCONTEXT)
 extern "C" void pyrt_shim_switch(void** save, void* load);
 __asm__(R"(
   .text
@@ -469,7 +469,10 @@ int launch(dim3 grid, dim3 block, size_t shared_bytes, void (*body)(void*), void
 
 void* dynamic_shared() noexcept { return running_worker("dynamic shared memory").shared(); }
 
-void yield() { running_worker("dev::pause").suspend(); }
+void yield() {
+  std::this_thread::yield();  // what it waits for may be a block of another worker
+  running_worker("dev::pause").suspend();
+}
 
 unsigned block_barrier(int value) { return running_worker("a block barrier").block_barrier(value); }
 

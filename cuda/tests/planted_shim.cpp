@@ -4,6 +4,7 @@
 #include <cstring>
 #include <vector>
 
+#include "cuda/include/atomic.cuh"
 #include "cuda/tests/support/device.hpp"
 
 using namespace pyruntime;

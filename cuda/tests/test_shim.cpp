@@ -1,6 +1,7 @@
 // The device features kernels may use, checked on what runs them: the shim here, a GPU under nvcc.
 #include <numeric>
 
+#include "cuda/include/atomic.cuh"
 #include "cuda/tests/support/device.hpp"
 
 #if !defined(__CUDACC__)
