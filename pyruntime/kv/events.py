@@ -74,7 +74,7 @@ class EventLog:
         keys = list(keys)
         with self._lock:
             event = {"seq": self._first + len(self._events), "type": kind, **fields}
-            if keys:
+            if kind in ("stored", "removed"):
                 event["keys"] = keys
             if kind == "stored":
                 self._present.update(keys)

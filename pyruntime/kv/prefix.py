@@ -59,6 +59,7 @@ class ReferencePrefixPool(ReferenceBlockPool):
             blocks.append(block)
         cached = len(blocks) * self.block_size
         self._sequences[request].valid = cached
+        self._sequences[request].published = len(blocks)
         self.hit_tokens += cached
         self.asked_tokens += len(tokens)
         return cached
@@ -73,7 +74,7 @@ class ReferencePrefixPool(ReferenceBlockPool):
             for block in self._sequences[request].blocks[0] if self.knows(request) else ():
                 released[block] = released.get(block, 0) + 1
         left += sum(self._refs.get(block, 1) == count for block, count in released.items())
-        return left - sum(self.need(request, tokens) for request, tokens in grow)
+        return left - sum([self.need(request, tokens) for request, tokens in grow])
 
     def commit(
         self,
@@ -84,16 +85,20 @@ class ReferencePrefixPool(ReferenceBlockPool):
     ) -> None:
         """See `ReferenceBlockPool`; publishes the full blocks that became valid."""
         super().commit(request, tokens, layers)
-        if not self._shares or request not in self._names:
+        sequence = self._sequences.get(request)
+        if not self._shares or sequence is None:
+            return
+        full = sequence.valid // self.block_size
+        if full == sequence.published:
             return
         namespace, keys = self._names[request]
-        full = self._sequences[request].valid // self.block_size
         if full > len(keys) and ids is not None:
             # The chain goes on from the last key: hash only what is new.
             keys += _continue(keys, namespace, ids, self.block_size, full)
-        blocks = self._sequences[request].blocks[0]
+        blocks = sequence.blocks[0]
         fresh = []
-        for index in range(min(full, len(keys))):
+        first, sequence.published = sequence.published, min(full, len(keys))
+        for index in range(first, sequence.published):
             block, key = blocks[index], keys[index]
             if block in self._refs or key in self._block_of:
                 continue  # shared already, or a second copy, which stays private

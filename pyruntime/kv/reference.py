@@ -29,6 +29,8 @@ class SequenceBlocks:
     swapped: list[dict[int, list[NDArray[np.float32]]]] | None = None
     """Per group: index of a block in the table to its K and V, layer by layer."""
     lengths: list[int] = field(default_factory=list)
+    published: int = 0
+    """Leading blocks whose sharing is settled."""
 
 
 class ReferenceBlockPool:
@@ -111,7 +113,10 @@ class ReferenceBlockPool:
 
     def need(self, request: int, tokens: int) -> int:
         """Return the further blocks `request` needs to hold `tokens`, in the neediest group."""
-        return max(self._need(request, tokens))
+        sequence = self._sequences.get(request)
+        if sequence is None or sequence.swapped is not None or len(sequence.blocks) > 1:
+            return max(self._need(request, tokens))
+        return max(0, -(-tokens // self.block_size) - len(sequence.blocks[0]))
 
     def _need(self, request: int, tokens: int) -> list[int]:
         wanted, sequence = self.blocks_for(tokens), self._sequences.get(request)
@@ -179,10 +184,12 @@ class ReferenceBlockPool:
         for request in swap_in:
             self._swap_in(self._sequences[request])
         for request, tokens in grow:
-            counts = self._need(request, tokens)
+            wanted = -(-tokens // self.block_size)
             for group, blocks in enumerate(self._sequences[request].blocks):
-                self._reserve(group, counts[group])
-                blocks.extend(self._free[group].pop() for _ in range(counts[group]))
+                if wanted > len(blocks):
+                    self._reserve(group, wanted - len(blocks))
+                    taken = range(wanted - len(blocks))
+                    blocks.extend([self._free[group].pop() for _ in taken])
         tables = []
         for group in range(len(self.groups)):
             rows = [self._sequences[request].blocks[group] for request, _ in grow]

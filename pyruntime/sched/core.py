@@ -297,7 +297,8 @@ class Scheduler:
         closed = bool(preempted) or only is not None
         kept: list[Piece] = []
         pieces = self._pieces(now, pool, decode, prefilling, left, closed)
-        left = pool.dry_run(grow, [request_id for request_id, _ in preempted])  # starts took some
+        if pieces:  # requests that were started may have taken blocks from the cache
+            left = pool.dry_run(grow, [request_id for request_id, _ in preempted])
         for piece in pieces:
             request_id, low, high, layer_lo, layer_hi = piece
             if layer_lo == 0:  # later slices of a layered prefill hold their memory already

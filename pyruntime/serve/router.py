@@ -37,6 +37,8 @@ from pyruntime.serve.presence import ExactSet, Keys, MemberSet, PresenceMap, as_
 __all__ = ["Load", "Router", "choose_worker"]
 
 log = logging.getLogger(__name__)
+FILTER: Callable[[], MemberSet] = ExactSet
+"""What a worker's blocks are kept in."""
 RETRY_S = (0.0, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 SUMMED = (
     "running",
@@ -113,7 +115,7 @@ class Router:
         connect: Connect,
         num_workers: int,
         block_size: int,
-        make_filter: Callable[[], MemberSet] = ExactSet,
+        make_filter: Callable[[], MemberSet] = FILTER,
         max_lead: int = 8,
         policy: str = "prefix",
     ) -> None:
