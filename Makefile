@@ -30,6 +30,10 @@ test-gpu:
 	cmake --build build/gpu --target pyruntime_cuda _native _fast _cffi kernel_tests
 	cmake --install build/gpu --component runtime >/dev/null
 	for program in build/gpu/test_*_kernels build/gpu/test_shim; do $$program || exit 1; done
+	@if command -v compute-sanitizer >/dev/null; then for tool in memcheck racecheck; do \
+	  for program in build/gpu/test_*_kernels build/gpu/test_shim; do \
+	    compute-sanitizer --tool $$tool --report-api-errors no --error-exitcode 1 $$program || exit 1; \
+	  done; done; else echo "no compute-sanitizer here: memcheck and racecheck are skipped"; fi
 	$(PYTHON) -m pytest -o addopts="-ra --import-mode=importlib --strict-markers" -m gpu \
 	  $$(grep -l 'mark\.gpu' tests/test_*.py)
 
