@@ -98,3 +98,73 @@ def ops_moe_ffn(
     x: Any, ids: Any, weights: Any, gate: Any, up: Any, down: Any, out: Any
 ) -> None: ...
 def ops_sample(logits: Any, sampling: Any, *arrays: Any) -> None: ...
+
+MOE_SKIP: int
+
+def moe_isa() -> str: ...
+def moe_plane_bytes(rows: int, columns: int, bits: list[int], level: int) -> int: ...
+
+class MoeStore:
+    def __init__(self, path: str) -> None: ...
+    def info(self) -> dict[str, Any]: ...
+    def extents(self) -> list[dict[str, Any]]: ...
+    def read(self, index: int, out: Any) -> None: ...
+
+class MoeWriter:
+    def __init__(
+        self,
+        path: str,
+        layers: int,
+        experts: int,
+        hidden: int,
+        ffn: int,
+        bits: list[list[int]],
+        model_hash: bytes,
+    ) -> None: ...
+    def add_plane(
+        self,
+        layer: int,
+        expert: int,
+        level: int,
+        data: Any,
+        unit: list[float],
+        error: list[float],
+        energy: list[float],
+    ) -> None: ...
+    def add_dense(
+        self,
+        layer: int,
+        number: int,
+        rows: int,
+        columns: int,
+        bits: list[int],
+        data: Any,
+        unit: float,
+        error: float,
+        energy: float,
+    ) -> None: ...
+    def commit(self) -> None: ...
+    def close(self) -> None: ...
+
+def moe_quantize(
+    weights: Any, bits: list[int], importance: Any, gain: list[float], search: int, planes: Any
+) -> tuple[float, list[float], float]: ...
+def moe_dequantize(
+    rows: int, columns: int, bits: list[int], planes: Any, level: int, unit: float, out: Any
+) -> None: ...
+def moe_linear(
+    rows: int, columns: int, bits: list[int], planes: Any, level: int, unit: float, x: Any, out: Any
+) -> None: ...
+def moe_ffn(
+    hidden: int,
+    inner: int,
+    bits: list[list[int]],
+    planes: Any,
+    units: Any,
+    x: Any,
+    ids: Any,
+    weights: Any,
+    levels: Any,
+    level: int,
+    out: Any,
+) -> None: ...

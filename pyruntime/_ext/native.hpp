@@ -15,6 +15,7 @@ void check(pyrt_status status);
 
 void bind_runtime(py::module_& m);
 void bind_gpu(py::module_& m);
+void bind_moe(py::module_& m);
 void bind_ops(py::module_& m);
 void bind_pool(py::module_& m);
 

@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyruntime import ops
+from pyruntime.engine.linear import apply
 from pyruntime.engine.loader import Weights
 from pyruntime.engine.step import Floats, Rows, Sequence, StepResult
 
@@ -31,7 +32,7 @@ def sample_rows(
         return []
     last = rows.starts[np.array(pieces) + 1] - 1
     normed = ops.rms_norm(np.ascontiguousarray(x[last]), weights.norm, eps)
-    logits = ops.linear(normed, weights.head)
+    logits = apply(normed, weights.head)
     kept = logits.copy() if return_logits else None
     sequences = [sequences_of[rows.requests[piece]] for piece in pieces]
     params = np.array([sequence.row for sequence in sequences], ops.SAMPLING)

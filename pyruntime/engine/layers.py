@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from pyruntime import ops
 from pyruntime.engine.config import ModelConfig
+from pyruntime.engine.linear import apply
 from pyruntime.engine.loader import LayerWeights, Weights
 from pyruntime.engine.step import ExpertBackend, Floats, Rows, StepResult
 from pyruntime.engine.step import add_time as _add
@@ -54,7 +55,7 @@ class Layers:
         n, q_size, kv_size = len(x), c.heads * c.head_dim, c.kv_heads * c.head_dim
         yield layer, "qkv"
         clock = time.perf_counter()
-        qkv = ops.linear(ops.rms_norm(x, w.attention_norm, c.eps), w.qkv, w.qkv_bias)
+        qkv = apply(ops.rms_norm(x, w.attention_norm, c.eps), w.qkv, w.qkv_bias)
         q = np.ascontiguousarray(qkv[:, :q_size])
         k = np.ascontiguousarray(qkv[:, q_size : q_size + kv_size])
         v = np.ascontiguousarray(qkv[:, q_size + kv_size :])
@@ -104,7 +105,7 @@ class Layers:
         _add(result.seconds, "attention", clock)
         yield layer, "output"
         clock = time.perf_counter()
-        ops.add(x, ops.linear(attended.reshape(n, q_size), w.out, w.out_bias))
+        ops.add(x, apply(attended.reshape(n, q_size), w.out, w.out_bias))
         normed = ops.rms_norm(x, w.ffn_norm, c.eps)
         _add(result.seconds, "dense", clock)
         if w.router is None:
@@ -141,5 +142,5 @@ class Layers:
 def _mlp(x: Floats, w: LayerWeights) -> Floats:
     assert w.dense is not None
     gate, up, down = w.dense
-    inner = ops.linear(x, gate)
-    return ops.linear(ops.silu_mul(inner, ops.linear(x, up), inner), down)
+    inner = apply(x, gate)
+    return apply(ops.silu_mul(inner, apply(x, up), inner), down)

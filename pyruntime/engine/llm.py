@@ -34,6 +34,7 @@ def make_loop(
     max_running: int = 64,
     max_queued: int = 1024,
     swap_bytes: int = 0,
+    bits: int | None = None,
     progress: Progress | None = None,
 ) -> EngineLoop:
     """Load a model and everything that serves it.
@@ -41,7 +42,7 @@ def make_loop(
     Parameters
     ----------
     model : path
-        A Hugging Face model directory.
+        A Hugging Face model directory, or one made by ``pyruntime quantize``.
     policy : {"fcfs", "layered", "swap"}
     kv_bytes : int, default 1 GiB
         Upper limit of the KV cache and of the hidden states that a layered prefill keeps; no more
@@ -49,6 +50,8 @@ def make_loop(
     max_running, max_queued : int
     swap_bytes : int, default 0
         Memory for preempted requests' keys and values; only policy ``swap`` uses it.
+    bits : int, optional
+        Width of a quantized model's experts; its widest by default.
     progress : callable, optional
         Called with (layers loaded, layers).
     """
@@ -61,7 +64,7 @@ def make_loop(
     num_blocks = min(-(-useful // BLOCK_SIZE), (kv_bytes - hidden_budget) // block_bytes)
     if num_blocks < 1:
         raise InvalidArgumentError(f"kv_bytes is {kv_bytes}; one block takes {block_bytes} bytes")
-    engine = Engine.load(model, num_blocks, BLOCK_SIZE, progress, hidden_budget=hidden_budget)
+    engine = Engine.load(model, num_blocks, BLOCK_SIZE, progress, bits, hidden_budget=hidden_budget)
     groups = engine.kv.groups
     pool = ReferencePrefixPool(
         num_blocks,
@@ -91,7 +94,7 @@ class LLM:
     ----------
     model : path, optional
         A Hugging Face model directory; the model that ships with pyruntime by default.
-    policy, kv_bytes, max_running, progress
+    policy, kv_bytes, max_running, bits, progress
         See `make_loop`.
 
     Examples
@@ -109,6 +112,7 @@ class LLM:
         policy: str = "fcfs",
         kv_bytes: int = 1 << 30,
         max_running: int = 64,
+        bits: int | None = None,
         progress: Progress | None = None,
     ) -> None:
         if model is None:
@@ -117,7 +121,12 @@ class LLM:
             model = shipped()
         self.tokenizer = Tokenizer(model)
         self.loop = make_loop(
-            model, policy=policy, kv_bytes=kv_bytes, max_running=max_running, progress=progress
+            model,
+            policy=policy,
+            kv_bytes=kv_bytes,
+            max_running=max_running,
+            bits=bits,
+            progress=progress,
         )
         self._ids = itertools.count()
         self._client: ThreadClient | None = None

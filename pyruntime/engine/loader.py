@@ -19,12 +19,27 @@ import safetensors
 from numpy.typing import NDArray
 
 from pyruntime.engine.config import ModelConfig
+from pyruntime.engine.linear import Matrix
 from pyruntime.errors import CorruptDataError, NotFoundError, UnsupportedError
+from pyruntime.moe import ExpertStore, NestedMatrix
 
-__all__ = ["Checkpoint", "LayerWeights", "Weights", "load_weights"]
+__all__ = [
+    "DENSE",
+    "HEAD",
+    "Checkpoint",
+    "LayerWeights",
+    "Weights",
+    "expert_tensors",
+    "load_weights",
+]
 
 Floats = NDArray[np.float32]
 Progress = Callable[[int, int], None]
+
+DENSE = {"qkv": 0, "out": 1, "gate": 2, "up": 3, "down": 4}
+"""Numbers of a layer's dense matrices in a store."""
+HEAD = 16
+"""Number of the output head, in layer 0."""
 
 _DTYPES: dict[str, np.dtype[Any]] = {
     "F32": np.dtype("<f4"),
@@ -102,6 +117,21 @@ class Checkpoint:
         except (safetensors.SafetensorError, KeyError, OSError) as error:
             raise CorruptDataError(f"{path} is not a whole safetensors file: {error}") from None
 
+    @property
+    def names(self) -> list[str]:
+        """Names of all tensors."""
+        return list(self._entries)
+
+    def raw(self, name: str) -> tuple[str, tuple[int, ...], bytes]:
+        """Return a tensor's dtype, shape and bytes as they are in the file."""
+        entry = self._entries[name]
+        with entry.path.open("rb") as file:
+            file.seek(entry.offset)
+            data = file.read(entry.size)
+        if len(data) != entry.size:
+            raise CorruptDataError(f"{entry.path} shrank while {name!r} was read")
+        return entry.dtype, entry.shape, data
+
     def read(self, name: str, shape: tuple[int, ...], out: Floats | None = None) -> Floats:
         """Read one tensor as float32.
 
@@ -145,16 +175,16 @@ class LayerWeights:
 
     attention_norm: Floats
     ffn_norm: Floats
-    qkv: Floats
+    qkv: Matrix
     """[(heads + 2 * kv_heads) * head_dim, hidden]"""
     qkv_bias: Floats | None
-    out: Floats
+    out: Matrix
     out_bias: Floats | None
     q_norm: Floats | None
     k_norm: Floats | None
     router: Floats | None
     """None in a dense layer."""
-    dense: tuple[Floats, Floats, Floats] | None
+    dense: tuple[Matrix, Matrix, Matrix] | None
     """Gate, up and down of a dense layer, or of the shared expert."""
     shared_gate: Floats | None
 
@@ -165,7 +195,7 @@ class Weights:
 
     embedding: Floats
     norm: Floats
-    head: Floats
+    head: Matrix
     layers: list[LayerWeights]
     experts: dict[int, tuple[Floats, Floats, Floats]]
 
@@ -183,7 +213,10 @@ class Weights:
 
 
 def load_weights(
-    directory: str | Path, config: ModelConfig, progress: Progress | None = None
+    directory: str | Path,
+    config: ModelConfig,
+    progress: Progress | None = None,
+    store: ExpertStore | None = None,
 ) -> Weights:
     """Load a model's weights.
 
@@ -193,6 +226,8 @@ def load_weights(
     config : ModelConfig
     progress : callable, optional
         Called with (layers done, layers) after each layer.
+    store : ExpertStore, optional
+        Holds the experts, which are then left out here, and perhaps dense matrices.
 
     Raises
     ------
@@ -203,14 +238,17 @@ def load_weights(
     c = config
     d = c.hidden
     embedding = checkpoint.read("model.embed_tokens.weight", (c.vocab_size, d))
-    head = embedding
-    if not c.tied:
+    head: Matrix = embedding
+    stored = store.read_dense(0, HEAD) if store is not None else None
+    if stored is not None:
+        head = _checked("head", stored, (c.vocab_size, d))
+    elif not c.tied:
         head = checkpoint.read("lm_head.weight", (c.vocab_size, d))
     layers: list[LayerWeights] = []
     experts: dict[int, tuple[Floats, Floats, Floats]] = {}
     for index in range(c.num_layers):
-        layers.append(_layer(checkpoint, c, index))
-        if c.sparse[index]:
+        layers.append(_layer(checkpoint, c, index, store))
+        if c.sparse[index] and store is None:
             experts[index] = _experts(checkpoint, c, index)
         if progress is not None:
             progress(index + 1, c.num_layers)
@@ -218,19 +256,48 @@ def load_weights(
     return Weights(embedding, norm, head, layers, experts)
 
 
-def _layer(checkpoint: Checkpoint, c: ModelConfig, index: int) -> LayerWeights:
+def _checked(name: str, matrix: NestedMatrix, shape: tuple[int, int]) -> NestedMatrix:
+    if (matrix.rows, matrix.columns) != shape:
+        raise CorruptDataError(
+            f"the store's {name} is {matrix.rows} x {matrix.columns}; the config says "
+            f"{shape[0]} x {shape[1]}"
+        )
+    return matrix
+
+
+def _layer(
+    checkpoint: Checkpoint, c: ModelConfig, index: int, store: ExpertStore | None
+) -> LayerWeights:
     prefix, d = f"model.layers.{index}", c.hidden
     q, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
     attention = f"{prefix}.self_attn"
-    qkv = np.empty((q + 2 * kv, d), np.float32)
-    bias = np.empty(q + 2 * kv, np.float32) if c.qkv_bias else None
-    first = 0
-    for name, rows in (("q", q), ("k", kv), ("v", kv)):
-        part = slice(first, first + rows)
-        checkpoint.read(f"{attention}.{name}_proj.weight", (rows, d), qkv[part])
-        if bias is not None:
-            checkpoint.read(f"{attention}.{name}_proj.bias", (rows,), bias[part])
-        first += rows
+
+    def matrix(name: str, shape: tuple[int, int], *parts: tuple[str, int]) -> Matrix:
+        stored = store.read_dense(index, DENSE[name]) if store is not None else None
+        if stored is not None:
+            return _checked(f"{name} of layer {index}", stored, shape)
+        whole, first = np.empty(shape, np.float32), 0
+        for part, rows in parts:
+            checkpoint.read(part, (rows, shape[1]), whole[first : first + rows])
+            first += rows
+        return whole
+
+    def mlp_of(at: str, f: int) -> tuple[Matrix, Matrix, Matrix]:
+        return (
+            matrix("gate", (f, d), (f"{at}.gate_proj.weight", f)),
+            matrix("up", (f, d), (f"{at}.up_proj.weight", f)),
+            matrix("down", (d, f), (f"{at}.down_proj.weight", d)),
+        )
+
+    sizes = (("q", q), ("k", kv), ("v", kv))
+    qkv = matrix(
+        "qkv", (q + 2 * kv, d), *((f"{attention}.{name}_proj.weight", rows) for name, rows in sizes)
+    )
+    bias = None
+    if c.qkv_bias:
+        bias = np.concatenate(
+            [checkpoint.read(f"{attention}.{name}_proj.bias", (rows,)) for name, rows in sizes]
+        )
     q_norm = k_norm = None
     if c.qk_norm != "none":
         full = c.qk_norm == "full"
@@ -241,16 +308,16 @@ def _layer(checkpoint: Checkpoint, c: ModelConfig, index: int) -> LayerWeights:
     if c.sparse[index]:
         router = checkpoint.read(f"{mlp}.gate.weight", (c.num_experts, d))
         if c.shared_ffn:
-            dense = _mlp(checkpoint, f"{mlp}.shared_expert", d, c.shared_ffn)
+            dense = mlp_of(f"{mlp}.shared_expert", c.shared_ffn)
             shared_gate = checkpoint.read(f"{mlp}.shared_expert_gate.weight", (1, d))
     else:
-        dense = _mlp(checkpoint, mlp, d, c.dense_ffn)
+        dense = mlp_of(mlp, c.dense_ffn)
     return LayerWeights(
         checkpoint.read(f"{prefix}.input_layernorm.weight", (d,)),
         checkpoint.read(f"{prefix}.post_attention_layernorm.weight", (d,)),
         qkv,
         bias,
-        checkpoint.read(f"{attention}.o_proj.weight", (d, q)),
+        matrix("out", (d, q), (f"{attention}.o_proj.weight", d)),
         checkpoint.read(f"{attention}.o_proj.bias", (d,)) if c.out_bias else None,
         q_norm,
         k_norm,
@@ -260,22 +327,20 @@ def _layer(checkpoint: Checkpoint, c: ModelConfig, index: int) -> LayerWeights:
     )
 
 
-def _mlp(checkpoint: Checkpoint, prefix: str, d: int, f: int) -> tuple[Floats, Floats, Floats]:
-    return (
-        checkpoint.read(f"{prefix}.gate_proj.weight", (f, d)),
-        checkpoint.read(f"{prefix}.up_proj.weight", (f, d)),
-        checkpoint.read(f"{prefix}.down_proj.weight", (d, f)),
-    )
+def expert_tensors(c: ModelConfig, layer: int, expert: int) -> list[tuple[str, tuple[int, int]]]:
+    """Return names and shapes of an expert's gate, up and down."""
+    d, f = c.hidden, c.expert_ffn
+    mixtral = c.architecture.startswith("Mixtral")
+    at = f"model.layers.{layer}.{'block_sparse_moe' if mixtral else 'mlp'}.experts.{expert}"
+    names = ("w1", "w3", "w2") if mixtral else ("gate_proj", "up_proj", "down_proj")
+    shapes = ((f, d), (f, d), (d, f))
+    return [(f"{at}.{name}.weight", shape) for name, shape in zip(names, shapes, strict=True)]
 
 
 def _experts(checkpoint: Checkpoint, c: ModelConfig, index: int) -> tuple[Floats, Floats, Floats]:
     e, d, f = c.num_experts, c.hidden, c.expert_ffn
-    mixtral = c.architecture.startswith("Mixtral")
-    prefix = f"model.layers.{index}.{'block_sparse_moe' if mixtral else 'mlp'}.experts"
-    names = ("w1", "w3", "w2") if mixtral else ("gate_proj", "up_proj", "down_proj")
-    shapes = ((f, d), (f, d), (d, f))
-    parts = [np.empty((e, *shape), np.float32) for shape in shapes]
+    parts = [np.empty((e, *shape), np.float32) for shape in ((f, d), (f, d), (d, f))]
     for expert in range(e):
-        for name, shape, part in zip(names, shapes, parts, strict=True):
-            checkpoint.read(f"{prefix}.{expert}.{name}.weight", shape, part[expert])
+        for (name, shape), part in zip(expert_tensors(c, index, expert), parts, strict=True):
+            checkpoint.read(name, shape, part[expert])
     return parts[0], parts[1], parts[2]

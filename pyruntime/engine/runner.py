@@ -53,9 +53,10 @@ from pyruntime.engine.step import (
     StepResult,
     add_time,
 )
+from pyruntime.engine.stored import need_store, open_store
 from pyruntime.errors import CapacityError, InvalidArgumentError, NotFoundError, StateError
 from pyruntime.kv import KvGroup, KvStorage, StepTables
-from pyruntime.moe import ReferenceExperts
+from pyruntime.moe import ReferenceExperts, StoreExperts
 from pyruntime.sched import StepPlan
 
 __all__ = ["OPERATORS", "Engine", "ExpertBackend", "Piece", "StepResult", "kv_groups"]
@@ -133,14 +134,20 @@ class Engine:
         num_blocks: int,
         block_size: int = 16,
         progress: Progress | None = None,
+        bits: int | None = None,
         **options: Any,
     ) -> Engine:
-        """Load a Hugging Face model directory; errors as in `ModelConfig.load`, `load_weights`.
+        """Load a Hugging Face model directory, or a quantized one (`pyruntime.engine.stored`).
 
-        `options` are the constructor's.
+        `bits` is the width of a quantized model's experts, its widest by default; `options` are the
+        constructor's. Errors as in `ModelConfig.load`, `load_weights` and `open_store`.
         """
         config = ModelConfig.load(directory)
-        weights = load_weights(directory, config, progress)
+        store = open_store(directory, config)
+        need_store(store, directory, bits)
+        weights = load_weights(directory, config, progress, store)
+        if store is not None:
+            options.setdefault("experts", StoreExperts(store, bits))
         return cls(config, weights, num_blocks, block_size, **options)
 
     # Requests

@@ -12,6 +12,17 @@ Contract of an expert backend
 Arrays live on the engine's device and are ordered by its stream.
 """
 
+from pyruntime.moe.experts import StoreExperts
+from pyruntime.moe.nested import NestedMatrix, isa
 from pyruntime.moe.reference import ReferenceExperts
+from pyruntime.moe.store import ExpertStore, Extent, StoreWriter
 
-__all__ = ["ReferenceExperts"]
+__all__ = [
+    "ExpertStore",
+    "Extent",
+    "NestedMatrix",
+    "ReferenceExperts",
+    "StoreExperts",
+    "StoreWriter",
+    "isa",
+]

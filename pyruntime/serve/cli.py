@@ -41,6 +41,10 @@ Model = Annotated[
     typer.Argument(help="Hugging Face model directory; the model that ships by default."),
 ]
 Policy = Annotated[str, typer.Option(help="Scheduling policy: fcfs, layered or swap.")]
+Bits = Annotated[
+    int | None,
+    typer.Option(help="Width of a quantized model's experts; its widest by default.", min=2, max=8),
+]
 KvMemory = Annotated[int, typer.Option(help="KV cache limit in MiB.", min=1)]
 
 
@@ -102,6 +106,7 @@ def serve(
     name: Annotated[str | None, typer.Option(help="Model id; the directory's name.")] = None,
     policy: Policy = "fcfs",
     kv_memory: KvMemory = 1024,
+    bits: Bits = None,
     max_running: Annotated[int, typer.Option(help="Requests computing at a time.", min=1)] = 64,
     max_queued: Annotated[int, typer.Option(help="Requests waiting at most.", min=1)] = 1024,
     max_body: Annotated[int, typer.Option(help="Request body limit in KiB.", min=1)] = 4096,
@@ -125,6 +130,7 @@ def serve(
         "max_running": max_running,
         "max_queued": max_queued,
         "swap_bytes": swap_memory << 20,
+        "bits": bits,
     }
     client: EngineClient
     with _loading(directory) as progress:
@@ -174,12 +180,13 @@ def generate(
     chat: Annotated[bool, typer.Option(help="Treat the prompt as a user's message.")] = False,
     policy: Policy = "fcfs",
     kv_memory: KvMemory = 1024,
+    bits: Bits = None,
 ) -> None:
     """Continue a prompt and print the text as it comes."""
     text = sys.stdin.read() if prompt == "-" else prompt
     directory = Path(model) if model else shipped()
     with _loading(directory) as progress:
-        llm = LLM(directory, policy=policy, kv_bytes=kv_memory << 20, progress=progress)
+        llm = LLM(directory, policy=policy, kv_bytes=kv_memory << 20, bits=bits, progress=progress)
     params = SamplingParams(temperature=temperature, top_p=top_p, seed=seed)
     tokens = llm.tokenizer.chat([{"role": "user", "content": text}]) if chat else None
 
