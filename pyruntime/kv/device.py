@@ -160,10 +160,14 @@ def _pair(cache: Any, buffer: Any, *, writes_cache: bool) -> tuple[_Side, _Side]
 
 def _copy(source: _Side, target: _Side, runs: Any, stream: Any) -> None:
     handle = gpu.stream_handle(stream)
+    waited = [source.array, target.array]
     if hasattr(runs, "__cuda_array_interface__"):
         on_device = gpu.describe(runs, "runs", dtype=np.uint32, ndim=2)
         if on_device.shape[1] != 4:
             raise InvalidArgumentError(f"runs have shape {on_device.shape}; it must be (n, 4)")
+        if on_device.shape[0] == 0:
+            return
+        waited.append(on_device)
         # How many blocks they name is known there only: as many as there may be.
         num_blocks = min(source.num_blocks, target.num_blocks)
         owner = None
@@ -181,7 +185,7 @@ def _copy(source: _Side, target: _Side, runs: Any, stream: Any) -> None:
             return
         owner = gpu.upload(made, handle)
         on_device = gpu.describe(owner, "runs", dtype=np.uint32, ndim=2)
-    gpu.wait_for((source.array, target.array, on_device), handle)
+    gpu.wait_for(waited, handle)
     _native.gpu_kv_copy(
         source.layout,
         target.layout,

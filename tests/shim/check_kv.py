@@ -78,6 +78,7 @@ def test_no_runs():
     device.gather(OnDevice(cache), OnDevice(buffer), [])
     device.gather(OnDevice(cache), OnDevice(buffer), np.empty((0, 3), np.int64))
     device.gather(OnDevice(cache), OnDevice(buffer), [(3, 3, 0)])
+    device.gather(OnDevice(cache), OnDevice(buffer), OnDevice(device.runs_of([])))
     assert (buffer == before).all()
     made = device.runs_of([(5, 6, 2), (1, 1, 0), (9, 2, 3)])
     assert made.tolist() == [[0, 5, 6, 2], [2, 9, 2, 3]]
