@@ -14,7 +14,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pyruntime.errors import CorruptDataError, InvalidArgumentError, NotFoundError, UnsupportedError
+from pyruntime.errors import (
+    CorruptDataError,
+    Error,
+    InvalidArgumentError,
+    NotFoundError,
+    UnsupportedError,
+)
 
 __all__ = ["ARCHITECTURES", "ModelConfig", "Rope"]
 
@@ -159,9 +165,26 @@ class ModelConfig:
     @classmethod
     def from_dict(cls, given: dict[str, Any]) -> ModelConfig:
         """Interpret a configuration; errors as in `load`."""
+        try:
+            with np.errstate(all="ignore"):  # what is not finite is refused below
+                config = cls._interpret(given)
+        except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
+            if isinstance(error, Error):
+                raise
+            text = f"the configuration makes no sense: {type(error).__name__}: {error}"
+            raise InvalidArgumentError(text) from None
+        rope = config.rope
+        if not (np.isfinite(rope.inv_freq).all() and math.isfinite(rope.scale)):
+            raise InvalidArgumentError("the rope parameters give frequencies that are not finite")
+        if not 0 <= config.eps < 1 or not 0 <= config.clip_qkv < math.inf:
+            raise InvalidArgumentError(f"rms_norm_eps {config.eps} or clip_qkv makes no sense")
+        return config
+
+    @classmethod
+    def _interpret(cls, given: dict[str, Any]) -> ModelConfig:
         names = given.get("architectures") or [None]
         architecture = names[0]
-        if architecture not in ARCHITECTURES:
+        if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
             raise UnsupportedError(
                 f"architecture {architecture!r} is not supported; supported are "
                 f"{', '.join(ARCHITECTURES)}"

@@ -45,8 +45,8 @@ def make_loop(
         A Hugging Face model directory, or one made by ``pyruntime quantize``.
     policy : {"fcfs", "layered", "swap"}
     kv_bytes : int, default 1 GiB
-        Upper limit of the KV cache and of the hidden states that a layered prefill keeps; no more
-        than `max_running` full contexts is taken.
+        Upper limit of the KV cache and of the hidden states that a layered prefill keeps. Memory
+        is taken as blocks are first written; prompts that were served stay until it is full.
     max_running, max_queued : int
     swap_bytes : int, default 0
         Memory for preempted requests' keys and values; only policy ``swap`` uses it.
@@ -58,10 +58,9 @@ def make_loop(
     config = ModelConfig.load(model)
     block_bytes = config.num_layers * 2 * BLOCK_SIZE * config.kv_heads * config.head_dim * 4
     chosen = preset(policy)
-    useful = max_running * config.max_len
-    hidden_tokens = min(getattr(chosen.partition, "max_tokens", 0), useful)
+    hidden_tokens = min(getattr(chosen.partition, "max_tokens", 0), max_running * config.max_len)
     hidden_budget = min(hidden_tokens * config.hidden * 4, kv_bytes // 4)
-    num_blocks = min(-(-useful // BLOCK_SIZE), (kv_bytes - hidden_budget) // block_bytes)
+    num_blocks = (kv_bytes - hidden_budget) // block_bytes  # pages appear as they are written
     if num_blocks < 1:
         raise InvalidArgumentError(f"kv_bytes is {kv_bytes}; one block takes {block_bytes} bytes")
     engine = Engine.load(model, num_blocks, BLOCK_SIZE, progress, bits, hidden_budget=hidden_budget)

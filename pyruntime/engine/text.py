@@ -58,7 +58,7 @@ class Tokenizer:
             environment.globals["raise_exception"] = _refuse_chat
             try:
                 self._template = environment.from_string(template)
-            except jinja2.TemplateError as error:
+            except (jinja2.TemplateError, RecursionError) as error:
                 raise CorruptDataError(f"the chat template is not valid: {error}") from None
 
     def _read_template(self, directory: Path) -> str | None:
@@ -68,7 +68,7 @@ class Tokenizer:
             try:
                 given = json.loads(path.read_text())
                 template = given.get("chat_template")
-            except (ValueError, AttributeError) as error:
+            except (ValueError, AttributeError, RecursionError) as error:
                 raise CorruptDataError(f"{path} is not a JSON object: {error}") from None
             for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
                 token = given.get(name)
@@ -76,10 +76,18 @@ class Tokenizer:
                 self._variables[name] = token or ""
         path = directory / "chat_template.jinja"
         if path.exists():
-            template = path.read_text()
+            try:
+                template = path.read_text()
+            except UnicodeDecodeError as error:
+                raise CorruptDataError(f"{path} is not text: {error}") from None
         if isinstance(template, list):  # several named templates
-            named = {entry["name"]: entry["template"] for entry in template}
+            try:
+                named = {entry["name"]: entry["template"] for entry in template}
+            except (TypeError, KeyError):
+                raise CorruptDataError(f"{directory}: a named chat template is not one") from None
             template = named.get("default")
+        if template is not None and not isinstance(template, str):
+            raise CorruptDataError(f"{directory}: the chat template is not text")
         return template
 
     @property
@@ -126,7 +134,9 @@ class Tokenizer:
             text = self._template.render(
                 messages=messages, add_generation_prompt=True, **self._variables, **variables
             )
-        except (jinja2.TemplateError, TypeError, KeyError, ValueError) as error:
+        except InvalidArgumentError:
+            raise  # by `raise_exception`
+        except Exception as error:  # the template is a program: whatever it may raise
             raise InvalidArgumentError(f"the chat template refuses the messages: {error}") from None
         return self.encode(text, special=False)
 
