@@ -26,7 +26,8 @@ PYRT_CUDA_EXPORT int pyrt_cuda_device_count(int* count) noexcept {
 }
 
 PYRT_CUDA_EXPORT int pyrt_cuda_host_register(void* memory, size_t bytes) noexcept {
-  const cudaError_t error = cudaHostRegister(memory, bytes, cudaHostRegisterPortable);
+  const cudaError_t error =
+      cudaHostRegister(memory, bytes, cudaHostRegisterPortable | cudaHostRegisterMapped);
   cudaGetLastError();
   return error;
 }
@@ -40,7 +41,9 @@ PYRT_CUDA_EXPORT int pyrt_cuda_host_unregister(void* memory) noexcept {
 PYRT_CUDA_EXPORT int pyrt_cuda_reachable(const void* address, int* reachable) noexcept {
   cudaPointerAttributes attributes{};
   const cudaError_t error = cudaPointerGetAttributes(&attributes, address);
-  *reachable = error == cudaSuccess && attributes.type != cudaMemoryTypeUnregistered;
+  // At its own address, that is: kernels are given no other.
+  *reachable = error == cudaSuccess && attributes.type != cudaMemoryTypeUnregistered &&
+               attributes.devicePointer == address;
   cudaGetLastError();
   return error;
 }
