@@ -242,10 +242,82 @@ std::vector<Row> pool_rows(PoolState& s) {
   };
 }
 
+// One budget of 8 MiB with a client that holds 2.
+class BudgetState {
+ public:
+  BudgetState() {
+    EXPECT_EQ(pyrt_budget_create(4 * kUnit, &budget), PYRT_OK);
+    EXPECT_EQ(pyrt_budget_register(budget, "one", 0, nullptr, nullptr, &client), PYRT_OK);
+    EXPECT_EQ(pyrt_budget_reserve(client, kUnit), PYRT_OK);
+  }
+  ~BudgetState() {
+    EXPECT_EQ(pyrt_budget_give_back(client, kUnit), PYRT_OK) << "it was changed";
+    EXPECT_EQ(pyrt_budget_unregister(client, 0), PYRT_OK);
+    EXPECT_EQ(pyrt_budget_destroy(budget), PYRT_OK);
+  }
+
+  static constexpr uint64_t kUnit = PYRT_BUDGET_UNIT_BYTES;
+  pyrt_budget* budget = nullptr;
+  pyrt_budget_client* client = nullptr;
+  pyrt_budget* other = nullptr;
+  pyrt_budget_client* another = nullptr;
+};
+
+std::vector<Row> budget_rows(BudgetState& s) {
+  const uint64_t unit = BudgetState::kUnit;
+  return {
+      {"pyrt_budget_create", "null", [=] { return pyrt_budget_create(unit, nullptr); }},
+      {"pyrt_budget_create", "zero", [&s] { return pyrt_budget_create(0, &s.other); }},
+      {"pyrt_budget_create", "below a unit", [&s] { return pyrt_budget_create(4096, &s.other); }},
+      {"pyrt_budget_create", "huge", [&s] { return pyrt_budget_create(UINT64_MAX, &s.other); }},
+      {"pyrt_budget_destroy", "null", [] { return pyrt_budget_destroy(nullptr); }, PYRT_OK},
+      {"pyrt_budget_destroy", "with a client", [&s] { return pyrt_budget_destroy(s.budget); },
+       PYRT_ESTATE},
+      {"pyrt_budget_register", "null",
+       [&s] { return pyrt_budget_register(nullptr, "", 0, nullptr, nullptr, &s.another); }},
+      {"pyrt_budget_register", "null name",
+       [&s] { return pyrt_budget_register(s.budget, nullptr, 0, nullptr, nullptr, &s.another); }},
+      {"pyrt_budget_register", "null out",
+       [&s] { return pyrt_budget_register(s.budget, "x", 0, nullptr, nullptr, nullptr); }},
+      {"pyrt_budget_unregister", "null", [] { return pyrt_budget_unregister(nullptr, 0); },
+       PYRT_OK},
+      {"pyrt_budget_unregister", "holding bytes",
+       [&s] { return pyrt_budget_unregister(s.client, 0); }, PYRT_ESTATE},
+      {"pyrt_budget_reserve", "null", [=] { return pyrt_budget_reserve(nullptr, unit); }},
+      {"pyrt_budget_reserve", "zero", [&s] { return pyrt_budget_reserve(s.client, 0); }, PYRT_OK},
+      {"pyrt_budget_reserve", "part of a unit",
+       [&s, unit] { return pyrt_budget_reserve(s.client, unit + 1); }},
+      {"pyrt_budget_reserve", "more than is left",
+       [&s, unit] { return pyrt_budget_reserve(s.client, 4 * unit); }, PYRT_EFULL},
+      {"pyrt_budget_reserve", "huge",
+       [&s, unit] { return pyrt_budget_reserve(s.client, UINT64_MAX / unit * unit); }, PYRT_EFULL},
+      {"pyrt_budget_give_back", "null", [=] { return pyrt_budget_give_back(nullptr, unit); }},
+      {"pyrt_budget_give_back", "zero", [&s] { return pyrt_budget_give_back(s.client, 0); },
+       PYRT_OK},
+      {"pyrt_budget_give_back", "part of a unit",
+       [&s] { return pyrt_budget_give_back(s.client, 1); }},
+      {"pyrt_budget_give_back", "more than it holds",
+       [&s, unit] { return pyrt_budget_give_back(s.client, 2 * unit); }},
+      {"pyrt_budget_get_statistics", "null",
+       [] { return pyrt_budget_get_statistics(nullptr, nullptr); }},
+      {"pyrt_budget_get_statistics", "null out",
+       [&s] { return pyrt_budget_get_statistics(s.budget, nullptr); }},
+      {"pyrt_budget_client_get_statistics", "null",
+       [] { return pyrt_budget_client_get_statistics(nullptr, nullptr); }},
+      {"pyrt_budget_client_get_statistics", "null out",
+       [&s] { return pyrt_budget_client_get_statistics(s.client, nullptr); }},
+  };
+}
+
 TEST(AbiAbuse, Pool) {
   PoolState state;
-  run(pool_rows(state));
-  expect_covered("pool.h", pool_rows(state));
+  BudgetState budget;
+  std::vector<Row> rows = pool_rows(state);
+  run(rows);
+  const std::vector<Row> more = budget_rows(budget);
+  run(more);
+  rows.insert(rows.end(), more.begin(), more.end());
+  expect_covered("pool.h", rows);
   pyrt_pool_statistics statistics;
   statistics.struct_size = sizeof statistics;
   ASSERT_EQ(pyrt_pool_get_statistics(state.pool, &statistics), PYRT_OK);

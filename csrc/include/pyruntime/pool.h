@@ -162,6 +162,76 @@ PYRT_API pyrt_status pyrt_pool_gather_async(const pyrt_pool_device_copy* copy,
 PYRT_API pyrt_status pyrt_pool_scatter_async(const pyrt_pool_device_copy* copy,
                                              uintptr_t stream) PYRT_NOEXCEPT;
 
+/* A byte budget that arenas and caches share. It is a ledger: reserve before committing memory,
+ * give back after releasing some. Amounts are whole 2 MiB units, the grain in which memory comes
+ * and goes. Any thread may call; in a forked child every call gives PYRT_ESTATE. */
+typedef struct pyrt_budget pyrt_budget;
+typedef struct pyrt_budget_client pyrt_budget_client;
+
+enum { PYRT_BUDGET_UNIT_BYTES = 2097152 };
+
+/* Asked, on the thread of another client's reserve and with no lock of the budget held, to free
+ * about `bytes`. It gives back what it frees with pyrt_budget_give_back and returns how much that
+ * was (0: nothing now); only what was given back counts. Must not reserve more than is available,
+ * nor unregister its own client. */
+typedef uint64_t (*pyrt_budget_reclaim)(void* user, uint64_t bytes);
+
+typedef struct pyrt_budget_statistics {
+  uint32_t struct_size;
+  uint32_t num_clients;
+  uint64_t limit_bytes;
+  uint64_t available_bytes; /* limit_bytes less what the clients reserved */
+  uint64_t reserves;        /* granted so far */
+  uint64_t failures;        /* refused so far */
+  uint64_t reclaims;        /* that asked other clients */
+} pyrt_budget_statistics;
+
+typedef struct pyrt_budget_client_statistics {
+  uint32_t struct_size;
+  int32_t priority;
+  uint64_t reserved_bytes;
+  uint64_t peak_bytes;
+  uint64_t reserves;    /* granted so far */
+  uint64_t failures;    /* refused so far */
+  uint64_t asked;       /* times it was asked to free something */
+  uint64_t asked_bytes; /* bytes it was asked for, in all */
+  uint64_t freed_bytes; /* bytes its callback said it freed, in all */
+} pyrt_budget_client_statistics;
+
+/* limit_bytes: 2 MiB .. 2^62, rounded down to whole units. */
+PYRT_API pyrt_status pyrt_budget_create(uint64_t limit_bytes, pyrt_budget** out) PYRT_NOEXCEPT;
+
+/* PYRT_ESTATE while clients are registered. */
+PYRT_API pyrt_status pyrt_budget_destroy(pyrt_budget* budget) PYRT_NOEXCEPT;
+
+/* Adds a client. A higher priority is served at the cost of lower and equal ones. `name` is copied,
+ * for messages; `reclaim` may be NULL: then nothing is ever taken from this client. */
+PYRT_API pyrt_status pyrt_budget_register(pyrt_budget* budget, const char* name, int32_t priority,
+                                          pyrt_budget_reclaim reclaim, void* user,
+                                          pyrt_budget_client** out) PYRT_NOEXCEPT;
+
+/* Removes a client after waiting for its running callbacks, so the caller holds no lock that they
+ * need. PYRT_ESTATE while it holds bytes, unless `force`, which gives them back; PYRT_ESTATE from
+ * inside its own callback. */
+PYRT_API pyrt_status pyrt_budget_unregister(pyrt_budget_client* client,
+                                            int32_t force) PYRT_NOEXCEPT;
+
+/* Reserves bytes (a multiple of 2 MiB). If they do not fit, asks clients of lower priority, then of
+ * equal priority, those who hold most first, to free the difference. PYRT_EFULL with the bytes
+ * asked and available if they still do not fit. Hold no lock that another client's callback takes.
+ */
+PYRT_API pyrt_status pyrt_budget_reserve(pyrt_budget_client* client, uint64_t bytes) PYRT_NOEXCEPT;
+
+/* Gives bytes back (a multiple of 2 MiB); PYRT_EINVAL beyond what the client reserved. */
+PYRT_API pyrt_status pyrt_budget_give_back(pyrt_budget_client* client,
+                                           uint64_t bytes) PYRT_NOEXCEPT;
+
+/* Statistics; fields beyond the caller's struct_size are not written. */
+PYRT_API pyrt_status pyrt_budget_get_statistics(const pyrt_budget* budget,
+                                                pyrt_budget_statistics* statistics) PYRT_NOEXCEPT;
+PYRT_API pyrt_status pyrt_budget_client_get_statistics(
+    const pyrt_budget_client* client, pyrt_budget_client_statistics* statistics) PYRT_NOEXCEPT;
+
 #ifdef __cplusplus
 }
 #endif

@@ -20,6 +20,7 @@ from pyruntime.errors import (
     StateError,
     UnsupportedError,
 )
+from pyruntime.pool.arguments import choice, count
 
 __all__ = ["Buf", "Pool"]
 
@@ -110,16 +111,16 @@ class Pool(PoolHandle):
         cache_objects: int = 0,
     ) -> None:
         self._core = _native.Pool(
-            _count("object_bytes", object_bytes),
-            _count("capacity", capacity),
-            _count("max_capacity", 0 if max_capacity is None else max_capacity),
-            _count("align", align),
-            _count("cache_objects", cache_objects, bits=32),
-            _choice("pages", pages, _PAGES),
-            _choice("prefault", prefault, _PREFAULT),
-            _choice("check", check, _CHECK),
-            _choice("fork", fork, _FORK),
-            -1 if node is None else _count("node", node, bits=31),
+            count("object_bytes", object_bytes),
+            count("capacity", capacity),
+            count("max_capacity", 0 if max_capacity is None else max_capacity),
+            count("align", align),
+            count("cache_objects", cache_objects, bits=32),
+            choice("pages", pages, _PAGES),
+            choice("prefault", prefault, _PREFAULT),
+            choice("check", check, _CHECK),
+            choice("fork", fork, _FORK),
+            -1 if node is None else count("node", node, bits=31),
         )
         self._guarded = check == "guard"
         self._open(self._core)
@@ -224,11 +225,11 @@ class Pool(PoolHandle):
             memory = array[unit[0], slot[0]]
         fits = self._object_bytes // kind.itemsize if kind.itemsize else 0
         dims = (fits,) if shape is None else shape if isinstance(shape, tuple) else (shape,)
-        if kind.hasobject or any(d < 0 for d in dims) or (count := int(np.prod(dims))) > fits:
+        if kind.hasobject or any(d < 0 for d in dims) or (used := int(np.prod(dims))) > fits:
             raise InvalidArgumentError(
                 f"{kind} {dims} does not fit an object of {self._object_bytes} bytes"
             )
-        bytes_used: npt.NDArray[Any] = memory[: count * kind.itemsize]
+        bytes_used: npt.NDArray[Any] = memory[: used * kind.itemsize]
         return bytes_used.view(kind).reshape(dims)
 
     def pin(self) -> None:
@@ -452,22 +453,3 @@ class Pool(PoolHandle):
             raise InvalidArgumentError(f"indices must be in 0..{made - 1}")
         unit, slot = np.divmod(wanted.astype(np.intp), self._per_unit)
         return unit, slot
-
-
-def _choice(name: str, value: str, choices: dict[str, int]) -> int:
-    try:
-        return choices[value]
-    except (KeyError, TypeError):
-        raise InvalidArgumentError(
-            f"{name} is {value!r}; it must be one of {', '.join(choices)}"
-        ) from None
-
-
-def _count(name: str, value: int, bits: int = 64) -> int:
-    try:
-        number = value.__index__()
-    except AttributeError:
-        raise InvalidArgumentError(f"{name} is {value!r}; it must be an integer") from None
-    if not 0 <= number < 1 << bits:
-        raise InvalidArgumentError(f"{name} is {number}; it must be in 0..2**{bits} - 1")
-    return number
