@@ -13,6 +13,7 @@ USAGE = """usage: pyruntime COMMAND
 commands:
   serve [MODEL]     serve a model over the OpenAI API (without MODEL, the one that ships)
   generate PROMPT   continue a text
+  quantize MODEL OUT  write a model whose experts run at 2, 4, 6 or 8 bits
   doctor [--json]   what this machine has, and what the runtime falls back to
 
 `pyruntime COMMAND --help` lists the options.
@@ -48,7 +49,7 @@ def _run(args: list[str]) -> int:
         report = doctor.examine()
         print(doctor.as_json(report) if "--json" in args else doctor.as_text(report))
         return 0
-    if args and args[0] in ("serve", "generate"):
+    if args and args[0] in ("serve", "generate", "quantize"):
         try:
             from pyruntime.serve import cli
         except ModuleNotFoundError as error:

@@ -1,5 +1,6 @@
 #include "pyruntime/moe.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 
@@ -11,6 +12,8 @@
 using pyruntime::fail;
 using pyruntime::capi::guard;
 using pyruntime::capi::require;
+using pyruntime::capi::require_array;
+using pyruntime::capi::require_extents;
 namespace moe = pyruntime::moe;
 
 static_assert(PYRT_MOE_LEVELS == moe::kMaxLevels && int{PYRT_MOE_MATRICES} == int{moe::kMatrices} &&
@@ -268,8 +271,9 @@ pyrt_status pyrt_moe_linear(const pyrt_moe_shape* shape, const uint8_t* const* p
     check_planes(s, planes, level);
     if (n < 0) fail(PYRT_EINVAL, "n is %lld; it must not be negative", static_cast<long long>(n));
     if (n == 0) return;
-    require(x, "x");
-    require(out, "out");
+    require_extents({n, std::max(s.rows, s.columns)}, "x or out");
+    require_array(x, "x");
+    require_array(out, "out");
     moe::linear(moe::nested(s, planes, level, unit), x, n, out);
   });
 }
@@ -303,10 +307,11 @@ pyrt_status pyrt_moe_ffn(const pyrt_moe_layer* layer, const float* x, int64_t n,
     require(layer->planes, "layer.planes");
     require(layer->units, "layer.units");
     if (n == 0) return;
-    require(x, "x");
-    require(ids, "ids");
-    require(weights, "weights");
-    require(out, "out");
+    require_extents({n, top_k, std::max(layer->hidden, layer->ffn)}, "x, ids or out");
+    require_array(x, "x");
+    require_array(ids, "ids");
+    require_array(weights, "weights");
+    require_array(out, "out");
     moe::ffn(experts, x, n, ids, weights, top_k, levels, level, out);
   });
 }

@@ -122,15 +122,19 @@ class Checkpoint:
         """Names of all tensors."""
         return list(self._entries)
 
-    def raw(self, name: str) -> tuple[str, tuple[int, ...], bytes]:
-        """Return a tensor's dtype, shape and bytes as they are in the file."""
+    def entry(self, name: str) -> tuple[str, tuple[int, ...]]:
+        """Return a tensor's dtype and shape as the file says."""
+        return self._entries[name].dtype, self._entries[name].shape
+
+    def raw(self, name: str) -> bytes:
+        """Return a tensor's bytes as they are in the file."""
         entry = self._entries[name]
         with entry.path.open("rb") as file:
             file.seek(entry.offset)
             data = file.read(entry.size)
         if len(data) != entry.size:
             raise CorruptDataError(f"{entry.path} shrank while {name!r} was read")
-        return entry.dtype, entry.shape, data
+        return data
 
     def read(self, name: str, shape: tuple[int, ...], out: Floats | None = None) -> Floats:
         """Read one tensor as float32.
@@ -154,12 +158,7 @@ class Checkpoint:
             raise UnsupportedError(
                 f"{entry.path}: {name!r} is {entry.dtype}; supported are {', '.join(_DTYPES)}"
             )
-        with entry.path.open("rb") as file:
-            file.seek(entry.offset)
-            data = file.read(entry.size)
-        if len(data) != entry.size:
-            raise CorruptDataError(f"{entry.path} shrank while {name!r} was read")
-        raw = np.frombuffer(data, _DTYPES[entry.dtype]).reshape(shape)
+        raw = np.frombuffer(self.raw(name), _DTYPES[entry.dtype]).reshape(shape)
         if out is None:
             out = np.empty(shape, np.float32)
         if entry.dtype == "BF16":

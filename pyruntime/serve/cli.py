@@ -27,6 +27,7 @@ from pyruntime.engine.sampling import SamplingParams
 from pyruntime.engine.text import Tokenizer
 from pyruntime.errors import Error
 from pyruntime.models import SHIPPED_NAME, shipped
+from pyruntime.serve import quantize
 from pyruntime.serve.app import ServerConfig, create_app
 from pyruntime.serve.keys import ApiKeys
 from pyruntime.serve.router import Router
@@ -34,6 +35,7 @@ from pyruntime.serve.router import Router
 __all__ = ["app"]
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+app.command("quantize")(quantize.command)
 console = Console(stderr=True)
 
 Model = Annotated[
