@@ -82,7 +82,7 @@ class Llama:
     """llama.cpp in a process of its own, answering one JSON line per command."""
 
     def __init__(self, model):
-        script = Path(__file__).parent / "peers" / "llama_cpp.py"
+        script = Path(__file__).parent / "peers" / "llama.py"
         self.process = subprocess.Popen(
             [PEER, str(script), str(model), str(len(os.sched_getaffinity(0)))],
             stdin=subprocess.PIPE,

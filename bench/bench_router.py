@@ -147,6 +147,7 @@ def through_processes(trace, policy, kv_bytes, at_once=4):
         router.close()
 
 
+@pytest.mark.timeout(1800)
 def test_processes(benchmark):
     trace, source = requests(size(benchmark, 1000, 24))
     kv_bytes = 512 << 20  # 8,192 blocks each, touched as they are used

@@ -272,7 +272,7 @@ def test_two_workers_serve_and_one_is_killed_in_mid_stream():
         ends, begun = {}, threading.Barrier(5)
 
         def follow(index):
-            long = {"prompt": [5 + index] * 20, "max_tokens": 1400, "ignore_eos": True}
+            long = {"prompt": [5 + index] * 20, "max_tokens": 700, "ignore_eos": True}
             lines = []
             with httpx.stream(
                 "POST", url, json={**long, "stream": True}, timeout=DEADLINE_S
@@ -304,6 +304,9 @@ def test_two_workers_serve_and_one_is_killed_in_mid_stream():
         assert again["choices"][0]["text"] == first["choices"][0]["text"]
         until(lambda: (s := server.status())["kv_free_blocks"] == s["kv_blocks"], "no block leaked")
         assert httpx.get(f"{server.url}/health").status_code == 200
+        metrics = httpx.get(f"{server.url}/metrics").text
+        assert 'pyruntime_serve_worker_alive{worker="1"} 1.0' in metrics
+        assert "pyruntime_engine_cached_tokens_total" in metrics
         assert server.stop() == 0
         for pid in workers:
             until(lambda pid=pid: not os.path.exists(f"/proc/{pid}"), "workers end")

@@ -78,11 +78,20 @@ class _EngineCollector(Collector):
         ("kv_free_blocks", "Free KV blocks"),
         ("hidden_bytes", "Hidden states kept between layer slices"),
     )
+    WORKERS = (
+        ("alive", "Whether the engine process runs"),
+        ("active", "Requests that have not ended"),
+        ("routed", "Requests sent there"),
+        ("hit_blocks", "Blocks that requests were sent there for"),
+        ("restarts", "Times it was started anew"),
+    )
     COUNTERS = (
         ("steps", "Steps"),
         ("step_errors", "Steps that failed"),
         ("preemptions", "Requests preempted"),
+        ("swaps", "Requests swapped out"),
         ("prompt_tokens", "Prompt tokens accepted"),
+        ("cached_tokens", "Prompt tokens found in KV memory"),
         ("generated_tokens", "Tokens generated"),
         ("expert_bytes", "Weight bytes of the experts used"),
     )
@@ -104,6 +113,13 @@ class _EngineCollector(Collector):
             for key, value in stats[name].items():
                 family.add_metric([key], value)
             yield family
+
+        workers = stats.get("workers", ())
+        for name, text in self.WORKERS if workers else ():
+            gauge = GaugeMetricFamily(f"pyruntime_serve_worker_{name}", text, labels=["worker"])
+            for index, worker in enumerate(workers):
+                gauge.add_metric([str(index)], worker[name])
+            yield gauge
 
     def describe(self) -> Iterable[Metric]:
         """Nothing is described beforehand: the names are fixed and ours."""
