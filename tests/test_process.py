@@ -3,6 +3,10 @@
 import asyncio
 import os
 import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -142,3 +146,35 @@ def test_close_ends_what_runs():
         return (await asyncio.wait_for(task, DEADLINE_S))[-1]
 
     assert asyncio.run(main()).finish_reason in ("abort", "error")
+
+
+ORPHAN = """
+import sys, time
+from pyruntime.engine.process import ProcessClient
+from pyruntime.models import shipped
+client = ProcessClient(str(shipped()), threads=1)
+print(client.process.pid, flush=True)
+time.sleep(600)
+"""
+
+
+def test_an_engine_does_not_outlive_its_client():
+    parent = subprocess.Popen([sys.executable, "-c", ORPHAN], stdout=subprocess.PIPE, text=True)
+    try:
+        engine = int(parent.stdout.readline())
+        assert running(engine)
+    finally:
+        parent.kill()
+        parent.wait()
+    deadline = time.monotonic() + DEADLINE_S
+    while running(engine):
+        assert time.monotonic() < deadline, "the engine's process is still there"
+        time.sleep(0.05)
+
+
+def running(pid):
+    """Whether a process runs; one that has ended and was not waited for does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
