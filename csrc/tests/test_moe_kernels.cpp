@@ -11,80 +11,10 @@
 #include "moe/half.hpp"
 #include "moe/kernels.hpp"
 #include "moe/quantize.hpp"
+#include "tests/support/nested.hpp"
 
 namespace pyruntime::moe {
 namespace {
-
-std::vector<float> normal(int64_t count, uint32_t seed, float scale = 1.0f) {
-  std::mt19937 random(seed);
-  std::vector<float> out(static_cast<size_t>(count));
-  // Sums of uniforms: the same numbers with every standard library.
-  for (float& v : out) {
-    float sum = 0.0f;
-    for (int i = 0; i < 4; ++i) sum += static_cast<float>(random() >> 8) * 0x1p-24f - 0.5f;
-    v = sum * scale;
-  }
-  return out;
-}
-
-struct Matrix {
-  Matrix(const Shape& s, uint32_t seed, float scale = 0.05f, const float* importance = nullptr)
-      : shape(s), weights(normal(s.rows * s.columns, seed, scale)) {
-    fill(importance);
-  }
-  Matrix(const Shape& s, std::vector<float> w) : shape(s), weights(std::move(w)) { fill(nullptr); }
-  void fill(const float* importance) {
-    for (int l = 0; l < shape.levels; ++l) {
-      data[l].resize(static_cast<size_t>(plane_bytes(shape, l)) + 64);
-      const auto at = reinterpret_cast<uintptr_t>(data[l].data());
-      planes[l] = data[l].data() + (64 - at % 64) % 64;
-    }
-    quantized = quantize(weights.data(), shape.columns, shape, {importance, {}, 1}, planes);
-  }
-  Nested at(int level) const { return nested(shape, planes, level, quantized.unit); }
-  std::vector<float> back(int level) const {
-    std::vector<float> out(weights.size());
-    dequantize(shape, planes, level, quantized.unit, out.data());
-    return out;
-  }
-
-  Shape shape;
-  std::vector<float> weights;
-  std::vector<uint8_t> data[kMaxLevels];
-  uint8_t* planes[kMaxLevels];
-  Quantized quantized;
-};
-
-struct Coded {
-  Coded(const std::vector<float>& x, int64_t n, int64_t columns, const Kernels& kernel) {
-    const int64_t bytes = row_bytes(columns);
-    memory.resize(static_cast<size_t>(n * bytes + 64));
-    const auto at = reinterpret_cast<uintptr_t>(memory.data());
-    uint8_t* first = memory.data() + (64 - at % 64) % 64;
-    for (int64_t i = 0; i < n; ++i) {
-      kernel.quantize(x.data() + i * columns, columns, first + i * bytes);
-      rows.push_back(row_at(first + i * bytes, columns));
-    }
-  }
-  std::vector<uint8_t> memory;
-  std::vector<Row> rows;
-};
-
-std::vector<float> multiply(const Kernels& kernel, const Nested& w, const Coded& x) {
-  std::vector<float> out(x.rows.size() * static_cast<size_t>(w.rows), -7.0f);
-  std::vector<float*> outs;
-  for (size_t i = 0; i < x.rows.size(); ++i)
-    outs.push_back(out.data() + i * static_cast<size_t>(w.rows));
-  kernel.tiles(w, 0, ceil_div(w.rows, kTileRows), x.rows.data(),
-               static_cast<int64_t>(x.rows.size()), outs.data());
-  return out;
-}
-
-const std::vector<Shape> kShapes = {
-    {1, 1, 4, {2, 4, 6, 8}},    {16, 32, 4, {2, 4, 6, 8}}, {17, 33, 4, {2, 4, 6, 8}},
-    {40, 300, 4, {2, 4, 6, 8}}, {31, 511, 3, {4, 6, 8}},   {15, 257, 4, {4, 4, 6, 8}},
-    {48, 256, 2, {4, 8}},       {20, 96, 1, {8}},          {33, 640, 3, {2, 4, 8}},
-};
 
 TEST(MoeHalf, AllHalvesComeBackAndRoundingIsToNearest) {
   for (uint32_t h = 0; h < 0x7c00; ++h) {
@@ -102,7 +32,7 @@ TEST(MoeHalf, AllHalvesComeBackAndRoundingIsToNearest) {
 
 TEST(MoeQuantize, ErrorFallsWithWidthAndIsWhatItSays) {
   for (const Shape& shape : kShapes) {
-    const Matrix m(shape, 3);
+    const NestedCase m(shape, 3);
     for (int level = 0; level < shape.levels; ++level) {
       const std::vector<float> back = m.back(level);
       double error = 0.0;
@@ -125,8 +55,8 @@ TEST(MoeQuantize, ErrorFallsWithWidthAndIsWhatItSays) {
 // A store written at 8 bits, cut, holds the top bits of the same code.
 TEST(MoeQuantize, PlanesAreTheCodesBitsFromTheTop) {
   const Shape fine{17, 300, 4, {2, 4, 6, 8}}, coarse{17, 300, 1, {8}};
-  const Matrix m(fine, 5), whole(coarse, 5);
-  const auto code = [](const Matrix& a, int64_t row, int64_t column, int level) {
+  const NestedCase m(fine, 5), whole(coarse, 5);
+  const auto code = [](const NestedCase& a, int64_t row, int64_t column, int level) {
     int value = 0;
     for (int l = 0; l <= level; ++l) {
       const int bits = plane_bits(a.shape, l), fields = 8 / bits;
@@ -153,18 +83,18 @@ TEST(MoeQuantize, PlanesAreTheCodesBitsFromTheTop) {
 
 TEST(MoeQuantize, ZeroConstantTinyAndHugeWeights) {
   const Shape shape{16, 64, 4, {2, 4, 6, 8}};
-  const Matrix zero(shape, std::vector<float>(1024, 0.0f));
+  const NestedCase zero(shape, std::vector<float>(1024, 0.0f));
   for (int level = 0; level < 4; ++level) {
     for (const float v : zero.back(level)) EXPECT_EQ(v, 0.0f);
   }
   for (const float constant : {1.0f, -3.0f, 1e-20f, 1e20f}) {
-    const Matrix m(shape, std::vector<float>(1024, constant));
+    const NestedCase m(shape, std::vector<float>(1024, constant));
     for (const float v : m.back(3)) EXPECT_NEAR(v / constant, 1.0, 0.01);
   }
   std::vector<float> bad(1024, 1.0f);
   bad[70] = NAN;
   try {
-    const Matrix m(shape, bad);
+    const NestedCase m(shape, bad);
     FAIL();
   } catch (const Error& error) {
     EXPECT_EQ(error.status(), PYRT_EINVAL);
@@ -176,8 +106,8 @@ TEST(MoeQuantize, ImportanceMovesTheErrorAway) {
   const Shape shape{64, 256, 1, {2}};
   std::vector<float> importance(256, 1.0f);
   for (size_t i = 0; i < 256; i += 8) importance[i] = 1000.0f;
-  const Matrix plain(shape, 9), weighted(shape, 9, 0.05f, importance.data());
-  const auto error = [&](const Matrix& m) {
+  const NestedCase plain(shape, 9), weighted(shape, 9, 0.05f, importance.data());
+  const auto error = [&](const NestedCase& m) {
     const std::vector<float> back = m.back(0);
     double sum = 0.0;
     for (size_t i = 0; i < back.size(); ++i) {
@@ -190,7 +120,7 @@ TEST(MoeQuantize, ImportanceMovesTheErrorAway) {
 
 TEST(MoeKernels, ScalarEqualsFloat64OnDequantizedWeights) {
   for (const Shape& shape : kShapes) {
-    const Matrix m(shape, 21);
+    const NestedCase m(shape, 21);
     const int64_t n = 3;
     const std::vector<float> x = normal(n * shape.columns, 22);
     const Coded coded(x, n, shape.columns, kScalarKernels);
@@ -218,7 +148,7 @@ TEST_P(MoeIsa, EqualsScalarBitForBitForAnyNumberOfTokens) {
   const Kernels* kernel = kernels(GetParam());
   if (kernel == nullptr) GTEST_SKIP() << "this CPU has no " << GetParam();
   for (const Shape& shape : kShapes) {
-    const Matrix m(shape, 31);
+    const NestedCase m(shape, 31);
     std::vector<float> x = normal(33 * shape.columns, 32, 3.0f);
     for (int64_t k = 0; k < shape.columns; ++k)
       x[static_cast<size_t>(k)] = k % 2 == 0 ? 5.0f : -5.0f;
@@ -254,7 +184,7 @@ TEST_P(MoeIsa, ExtremeCodesAndActivations) {
   if (kernel == nullptr) GTEST_SKIP() << "this CPU has no " << GetParam();
   for (const Shape& shape :
        {Shape{16, 512, 4, {2, 4, 6, 8}}, Shape{16, 512, 1, {8}}, Shape{16, 512, 3, {4, 6, 8}}}) {
-    Matrix m(shape, 51);
+    NestedCase m(shape, 51);
     for (int l = 0; l < shape.levels; ++l) {
       std::fill_n(m.planes[l], plane_bytes(shape, l), uint8_t{255});
       const int64_t record = kPairBytes + (l == 0 ? kMetaBytes : 0);
@@ -286,7 +216,7 @@ TEST_P(MoeIsa, ExtremeCodesAndActivations) {
 TEST_P(MoeIsa, AValueThatIsNotFiniteShows) {
   const Kernels* kernel = kernels(GetParam());
   if (kernel == nullptr) GTEST_SKIP() << "this CPU has no " << GetParam();
-  const Matrix m({16, 64, 1, {4}}, 61);
+  const NestedCase m({16, 64, 1, {4}}, 61);
   for (const float bad : {NAN, INFINITY, -INFINITY}) {
     std::vector<float> x = normal(64, 62);
     x[40] = bad;
@@ -315,7 +245,7 @@ class MoeFfn : public ::testing::Test {
         extents[static_cast<size_t>(l)].resize(static_cast<size_t>(bytes));
       }
       for (int i = 0; i < kMatrices; ++i) {
-        const Matrix m(layer_.shapes[i], static_cast<uint32_t>(100 + e * 3 + i));
+        const NestedCase m(layer_.shapes[i], static_cast<uint32_t>(100 + e * 3 + i));
         for (int l = 0; l < 4; ++l) {
           int64_t at = 0;
           for (int k = 0; k < i; ++k) at += plane_bytes(layer_.shapes[k], l);
