@@ -6,6 +6,7 @@
 #include <unistd.h>
 
 #include <cstdlib>
+#include <filesystem>
 #include <string>
 
 namespace pyruntime::planted {
@@ -27,7 +28,8 @@ struct Outcome {
 inline Outcome run(const std::string& program, const std::string& fault) {
   int ends[2];
   if (pipe(ends) != 0) return {false, "no pipe"};
-  const std::string path = std::string(PLANTED_FAULTS) + "/" + program;
+  const std::string path =
+      std::filesystem::read_symlink("/proc/self/exe").replace_filename(program);
   const pid_t child = fork();
   if (child == 0) {
     dup2(ends[1], 1);
