@@ -108,8 +108,8 @@ void tiles(const Nested& w, int64_t first, int64_t last, const Row* rows, int64_
   for (int64_t index = first; index < last; ++index) {
     int64_t i = 0;
     for (; i + 4 <= n; i += 4) {
-      part<4, 1>(w, index, 0, rows + i, outs + i);
-      part<4, 1>(w, index, 1, rows + i, outs + i);
+      part<2, 2>(w, index, 0, rows + i, outs + i);
+      part<2, 2>(w, index, 0, rows + i + 2, outs + i + 2);
     }
     for (; i < n; ++i) part<1, 2>(w, index, 0, rows + i, outs + i);
   }

@@ -1,0 +1,216 @@
+"""Expert kernels beside llama.cpp's at each width, and the shipped model's quality at each width.
+
+llama.cpp: set PYRUNTIME_LLAMA_PYTHON to an interpreter that has `llama-cpp-python`; without it its
+rows are skipped. Both run one thread, in turns, over matrices that together exceed the caches.
+Quality: ``python bench/bench_moe.py FILE`` prints perplexity and KL to float on a held-out text.
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import pyruntime
+from pyruntime.moe import NestedMatrix, isa
+
+PEER = Path(__file__).parent / "peers" / "llama_matvec.py"
+ROWS, COLUMNS = 4096, 2048
+# our layout and level, and llama.cpp's types of about the same bytes, by nominal width
+WIDTHS = {
+    2: ([2], ("Q2_K",)),
+    4: ([4], ("Q4_0", "Q4_K")),
+    6: ([4, 6], ("Q6_K",)),
+    8: ([4, 8], ("Q8_0",)),
+}
+
+
+class Ours:
+    """Matrix-vector products over copies of one matrix, more than the caches hold."""
+
+    def __init__(self, bits, copies, rows=ROWS):
+        rng = np.random.default_rng(0)
+        weights = rng.standard_normal((rows, COLUMNS), np.float32) * np.float32(0.02)
+        first = NestedMatrix.quantize(weights, bits)
+        self.matrices = [first]
+        for _ in range(copies - 1):
+            planes = [plane.copy() for plane in first.planes]
+            self.matrices.append(
+                NestedMatrix(rows, COLUMNS, bits, planes, 1.0, first.error, 1.0, first.level)
+            )
+        self.x = rng.standard_normal((1, COLUMNS), np.float32)
+        self.weights = copies * rows * COLUMNS
+        self.bits_per_weight = 8 * first.nbytes / rows / COLUMNS
+
+    def run(self):
+        for matrix in self.matrices:
+            matrix.linear(self.x)
+
+    def rate(self):
+        """10^9 weights per second of this thread's CPU time."""
+        begin = time.thread_time()
+        self.run()
+        return self.weights / (time.thread_time() - begin) / 1e9
+
+
+class Peer:
+    """llama.cpp's dot products on one type, in a process of its own."""
+
+    def __init__(self, kind, copies, rows=ROWS):
+        python = os.environ.get("PYRUNTIME_LLAMA_PYTHON")
+        if not python:
+            pytest.skip("set PYRUNTIME_LLAMA_PYTHON to compare with llama.cpp")
+        self.process = subprocess.Popen(
+            [python, str(PEER), kind, str(rows), str(COLUMNS), str(copies)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        if "ready" not in self.process.stdout.readline():
+            pytest.skip(f"the peer cannot run {kind}")
+
+    def rate(self):
+        print("go", file=self.process.stdin, flush=True)
+        return float(self.process.stdout.readline())
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait(10)
+
+
+@pytest.fixture
+def one_thread():
+    threads = pyruntime._ext._native.threads_size()
+    pyruntime.set_num_threads(1)
+    yield
+    pyruntime.set_num_threads(threads)
+
+
+def size_for(benchmark, copies=24):
+    """Copies and rows: small when nothing is timed."""
+    return (copies, ROWS) if benchmark.enabled else (1, 64)
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+@pytest.mark.parametrize("where", ["memory", "cache"])
+def test_matvec(benchmark, one_thread, bits, where):
+    ours = Ours(WIDTHS[bits][0], *size_for(benchmark, 24 if where == "memory" else 1))
+    benchmark.group = f"matvec {ROWS}x{COLUMNS} {bits} bits, {where}"
+    benchmark.extra_info |= {
+        "isa": isa(),
+        "bits_per_weight": ours.bits_per_weight,
+        "Gw/s": round(max(ours.rate() for _ in range(3)), 2),
+    }
+    benchmark(ours.run)
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_matvec_beside_llama_cpp(benchmark, one_thread, bits):
+    rounds = 15 if benchmark.enabled else 1
+    size = size_for(benchmark)
+    ours = Ours(WIDTHS[bits][0], *size)
+    benchmark.group = f"matvec {ROWS}x{COLUMNS} {bits} bits beside llama.cpp"
+    for kind in WIDTHS[bits][1]:
+        peer = Peer(kind, *size)
+        pairs = [(ours.rate(), peer.rate()) for _ in range(rounds)]
+        peer.close()
+        mine, theirs = (float(np.median(column)) for column in zip(*pairs, strict=True))
+        ratio = float(np.median([a / b for a, b in pairs]))
+        benchmark.extra_info[kind] = {"ours": mine, "theirs": theirs, "ratio": ratio}
+    benchmark(ours.run)
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 64])
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_tokens(benchmark, bits, tokens):
+    ours = Ours(WIDTHS[bits][0], *size_for(benchmark, 1))
+    ours.x = np.repeat(ours.x, tokens, axis=0)
+    benchmark.group = f"{tokens} tokens, {bits} bits"
+    benchmark(ours.run)
+
+
+def quality(text):
+    """Print perplexity and KL to float of the model that ships, at each width."""
+    from pyruntime.engine.quantize import quantize
+    from pyruntime.engine.runner import Engine
+    from pyruntime.engine.sampling import SamplingParams
+    from pyruntime.engine.text import Tokenizer
+    from pyruntime.kv import ReferenceBlockPool
+    from pyruntime.models import shipped
+    from pyruntime.sched import make_plan
+
+    tokens = np.array(Tokenizer(shipped()).encode(Path(text).read_text()), np.int32)
+    window, count = 256, min(8192, len(tokens)) // 256
+
+    def logits_of(directory, bits):
+        engine = Engine.load(directory, 64, 16, bits=bits)
+        head, eps = engine.weights.head, engine.config.eps
+        layers = engine.config.num_layers
+        pool = ReferenceBlockPool(64, 16, layers)
+        for i in range(count):
+            engine.add(i, tokens[i * window : (i + 1) * window], SamplingParams())
+            pool.admit(i, engine.tokens(i))
+            grow = [(i, window)]
+            # Stop before the last layer's end, then finish by hand: all rows' logits are wanted.
+            plan = make_plan(i + 1, (), [(i, 0, window, 0, layers)], grow, [])
+            yield from _all_logits(engine, plan, pool.step(grow, []), head, eps)
+            engine.remove(i)
+            pool.free(i)
+
+    def log_softmax(x):
+        x = x.astype(np.float64)
+        x -= x.max(axis=-1, keepdims=True)
+        return x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
+
+    exact = [log_softmax(x) for x in logits_of(shipped(), None)]
+    targets = [tokens[i * window + 1 : (i + 1) * window] for i in range(count)]
+
+    def loss(rows):
+        return -np.mean(
+            [r[np.arange(window - 1), t].mean() for r, t in zip(rows, targets, strict=True)]
+        )
+
+    print(f"float: perplexity {np.exp(loss([e[:-1] for e in exact])):.3f}, {count * window} tokens")
+    with tempfile.TemporaryDirectory() as folder:
+        report = quantize(shipped(), Path(folder) / "q")
+        for level, bits in enumerate((2, 4, 6, 8)):
+            rows = [log_softmax(x) for x in logits_of(Path(folder) / "q", bits)]
+            kl = np.mean(
+                [
+                    (np.exp(e) * (e - r)).sum(axis=-1).mean()
+                    for e, r in zip(exact, rows, strict=True)
+                ]
+            )
+            perplexity = np.exp(loss([r[:-1] for r in rows]))
+            print(
+                f"{bits} bits ({report.bits_per_weight(level):.2f} read per weight): "
+                f"perplexity {perplexity:.3f}, KL {kl:.2e}"
+            )
+
+
+def _all_logits(engine, plan, tables, head, eps):
+    """Run a plan and yield the logits of all its rows."""
+    from pyruntime import ops
+    from pyruntime.engine import runner
+
+    kept = []
+    sample = runner.sample_rows
+
+    def spy(weights, eps, sequences, pieces, x, *rest):
+        kept.append(x.copy())
+        return sample(weights, eps, sequences, pieces, x, *rest)
+
+    runner.sample_rows = spy
+    try:
+        engine.run(plan, tables)
+    finally:
+        runner.sample_rows = sample
+    yield ops.linear(ops.rms_norm(kept[0], engine.weights.norm, eps), head)
+
+
+if __name__ == "__main__":
+    quality(sys.argv[1])
