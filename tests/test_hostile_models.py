@@ -59,7 +59,7 @@ VALUES = st.one_of(
 KEYS = sorted(json.loads((shipped() / "config.json").read_text()))
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     changes=st.dictionaries(
         st.sampled_from([*KEYS, "rope_scaling", "rope_parameters", "sliding_window"]),

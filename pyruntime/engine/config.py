@@ -32,6 +32,17 @@ ARCHITECTURES = (
 )
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
+# What is made for each layer, head dimension or position, before any tensor is looked at, must not
+# take the machine's memory because a file says so.
+LIMITS = {
+    "num_hidden_layers": 4096,
+    "num_attention_heads": 1 << 16,
+    "num_key_value_heads": 1 << 16,
+    "head_dim": 1 << 16,
+    "hidden_size": 1 << 20,
+    "max_position_embeddings": 1 << 22,
+}
+
 # Keys that are read below, for any architecture.
 _READ = {
     "architectures",
@@ -265,13 +276,16 @@ class _Reader:
         self._architecture = architecture
 
     def __call__(self, key: str, default: int | None = None) -> int:
+        limit = LIMITS.get(key, 2**31)
         value = self._given.get(key)
         if value is None:
             if default is None:
                 raise InvalidArgumentError(f"{self._architecture} needs config key {key!r}")
             return default
-        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31:
-            raise InvalidArgumentError(f"config key {key!r} is {value!r}; it must be positive")
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < limit:
+            raise InvalidArgumentError(
+                f"config key {key!r} is {value!r}; it must be positive and less than {limit}"
+            )
         return value
 
 
