@@ -12,10 +12,11 @@ from pyruntime import LLM, errors
 from pyruntime.__main__ import main
 from pyruntime.engine.calibrate import calibrate
 from pyruntime.engine.loader import Checkpoint
-from pyruntime.engine.quantize import LAYOUTS, quantize
+from pyruntime.engine.quantize import LAYOUTS, compare_schemes, quantize
 from pyruntime.engine.runner import Engine
 from pyruntime.kv import ReferenceBlockPool
 from pyruntime.models import shipped
+from pyruntime.moe import schemes
 from tests.stepping import CASES, DATA, Bench, reference
 
 TEXT = (
@@ -224,3 +225,23 @@ def test_the_command_tells_progress_and_a_table(tmp_path, capsys):
     assert "4/4/4" in told.out and "dense" in told.out
     assert sorted(os.listdir(tmp_path)) == ["q.mxs"]
     assert main(["quantize", str(DATA / "qwen3moe"), str(out)]) == 1
+
+
+def test_nested_beats_binary_planes_once_they_are_stacked():
+    errors_of = compare_schemes(shipped())
+    assert list(errors_of) == ["nested", "binary from 2", "binary from 4"]
+    for scheme in errors_of.values():
+        assert sorted(scheme.values(), reverse=True) == list(scheme.values())
+    ours, from_two, from_four = errors_of.values()
+    for width in (4, 6, 8):
+        assert ours[width] < from_two[width]
+    assert ours[8] < 0.6 * from_four[8] and ours[8] < 0.3 * from_two[8]
+
+
+def test_binary_planes_by_hand():
+    weights = np.array([[0.0, 3.0, 1.25, 1.75]], np.float32)
+    planes = schemes.binary_planes(weights, [2, 3], group=4)
+    np.testing.assert_allclose(planes[2], [[0, 3, 1, 2]])
+    np.testing.assert_allclose(planes[3], [[0.125, 3.125, 1.125, 1.875]])
+    narrow = schemes.binary_planes(weights[:, :3], [2, 4], group=2)
+    assert narrow[4].shape == (1, 3)

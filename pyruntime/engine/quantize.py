@@ -23,9 +23,9 @@ from pyruntime.engine.config import ModelConfig
 from pyruntime.engine.loader import DENSE, HEAD, Checkpoint, Progress, expert_tensors
 from pyruntime.engine.stored import STORE_NAME, model_hash
 from pyruntime.errors import InvalidArgumentError, NotFoundError
-from pyruntime.moe import NestedMatrix, StoreWriter
+from pyruntime.moe import NestedMatrix, StoreWriter, schemes
 
-__all__ = ["LAYOUTS", "Report", "quantize"]
+__all__ = ["LAYOUTS", "Report", "compare_schemes", "quantize"]
 
 Floats = NDArray[np.float32]
 
@@ -214,6 +214,26 @@ def quantize(
         shutil.rmtree(work, ignore_errors=True)
         raise
     return report
+
+
+def compare_schemes(directory: str | Path) -> dict[str, dict[int, float]]:
+    """Return relative squared errors by scheme and width, on one expert of the first sparse layer.
+
+    ``nested`` is ours; ``binary from 2`` and ``binary from 4`` are `pyruntime.moe.schemes`.
+    """
+    config, checkpoint = ModelConfig.load(directory), Checkpoint(directory)
+    layer = config.sparse.index(True)
+    parts = [checkpoint.read(*tensor).ravel() for tensor in expert_tensors(config, layer, 0)[:2]]
+    weights = np.concatenate(parts).reshape(-1, config.hidden)
+    widths = (2, 4, 6, 8)
+    nested = NestedMatrix.quantize(weights, widths)
+    found = {
+        "nested": {b: e / nested.energy for b, e in zip(widths, nested.error, strict=True)},
+    }
+    for base in (2, 4):
+        planes = schemes.binary_planes(weights, [b for b in widths if b >= base])
+        found[f"binary from {base}"] = schemes.relative_errors(weights, planes)
+    return found
 
 
 @dataclass

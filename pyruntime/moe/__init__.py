@@ -12,6 +12,7 @@ Contract of an expert backend
 Arrays live on the engine's device and are ordered by its stream.
 """
 
+from pyruntime.moe import schemes
 from pyruntime.moe.experts import StoreExperts
 from pyruntime.moe.nested import NestedMatrix, isa
 from pyruntime.moe.reference import ReferenceExperts
@@ -25,4 +26,5 @@ __all__ = [
     "StoreExperts",
     "StoreWriter",
     "isa",
+    "schemes",
 ]

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from pyruntime.engine.calibrate import calibrate as measure
-from pyruntime.engine.quantize import quantize
+from pyruntime.engine.quantize import compare_schemes, quantize
 
 __all__ = ["command"]
 
@@ -27,6 +27,9 @@ def command(
     calibrate: Annotated[
         str | None, typer.Option(help="Text to weigh errors by the activations it causes.")
     ] = None,
+    compare: Annotated[
+        bool, typer.Option(help="Also show the errors of a low base with binary planes.")
+    ] = False,
     search: Annotated[int, typer.Option(help="Ranges tried per group.", min=1, max=16)] = 1,
 ) -> None:
     """Quantize a model; prints error by layer and width, and writes a plot beside the weights."""
@@ -51,4 +54,7 @@ def command(
         progress=show,
     )
     print(report.as_text())
+    if compare:
+        for name, errors in compare_schemes(model).items():
+            print(f"{name:>14}" + "".join(f"  {b}: {e:.2e}" for b, e in errors.items()))
     print(f"wrote {Path(out)}: quantization.json, quantization.svg, experts.mxs")
