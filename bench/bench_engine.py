@@ -52,6 +52,7 @@ def serve(loop, count, prompt, tokens):
     return first, between, time.perf_counter() - begin
 
 
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("policy", sorted(PRESETS))
 @pytest.mark.parametrize("count", [1, 8])
 def test_requests(benchmark, model, policy, count):

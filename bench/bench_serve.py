@@ -139,6 +139,7 @@ def in_process(loop, streams, tokens):
     return streams * tokens / (time.perf_counter() - begin)
 
 
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("streams", [8, 64])
 def test_cpu_per_streamed_token(benchmark, streams):
     process = Process(shipped(), "null")
@@ -154,6 +155,7 @@ def test_cpu_per_streamed_token(benchmark, streams):
         process.close()
 
 
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("streams", [8, 64])
 @pytest.mark.parametrize("kind", ["random", "shipped"])
 def test_http_against_in_process(benchmark, tmp_path, kind, streams):
