@@ -1,5 +1,6 @@
 """What the benchmarks of the engine and the server share."""
 
+import gc
 import statistics
 from pathlib import Path
 
@@ -18,6 +19,7 @@ class PeakMemory:
     """The highest resident size of this process since the object was made, in MiB."""
 
     def __init__(self):
+        gc.collect()  # the engine of the benchmark before
         try:
             Path("/proc/self/clear_refs").write_text("5")
             self._since_reset = True
