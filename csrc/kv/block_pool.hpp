@@ -204,8 +204,7 @@ class BlockPool {
   // released and leave a hole; with `moves`, kept tokens are packed instead, from the first
   // dropped one on. Nothing behind the first dropped token is published from then on. Returns the
   // tokens held afterwards.
-  uint32_t mask(SeqHandle seq, const uint64_t* keep, uint32_t tokens, std::vector<Move>* moves,
-                std::vector<BlockCopy>* copies);
+  uint32_t mask(SeqHandle seq, const uint64_t* keep, uint32_t tokens, std::vector<Move>* moves);
 
   // Tokens in memory for a prompt, without taking anything; `nodes` (may be null) receives the
   // nodes of Match::blocks + Match::lower.
@@ -273,7 +272,10 @@ class BlockPool {
   void check() const;           // throws PYRT_ECORRUPT
   uint64_t state_hash() const;  // of everything a caller can observe, eviction order included
   std::string picture(uint32_t group, uint32_t width) const;
+  uint64_t promised() const { return promised_; }
+  // Test hooks.
   void fail_at(int64_t n) { fail_countdown_ = n; }
+  void collide_for_test() { index_.collide_for_test(); }
 
   friend class Batch;
 
@@ -298,6 +300,8 @@ class BlockPool {
     uint32_t plan_uses;
     uint32_t next_free;  // slot + 1
     uint32_t mark;       // epoch of the plan that has seen it
+    uint32_t trim_to;    // by the plan that is being made, if `trimmed`
+    bool trimmed;
   };
   enum SequenceFlags : uint16_t {
     kOpen = 1,
@@ -315,6 +319,7 @@ class BlockPool {
     uint32_t released;    // leading entries the window has left behind
   };
   static constexpr uint32_t kBins = 12;
+  static constexpr int32_t kParkedEntry = -2;  // of a sequence that is swapped out: had a block
 
   struct Group {
     GroupOptions options;
@@ -323,13 +328,14 @@ class BlockPool {
     Array<uint32_t> shared;
     Array<int32_t> rows;
     Array<Room> rooms;
-    Array<uint32_t> node_drops, block_drops;  // scratch of plans, all zero between them
+    Array<uint32_t> node_drops, block_drops, node_takes;  // scratch of plans, all zero between them
     Runs runs;
     uint32_t listed = 0;            // blocks in the eviction lists
     uint32_t protected_listed = 0;  // of them in the second segment
     uint32_t reserved = 0;
     uint32_t bins[kBins] = {};  // slot + 1
-    uint64_t pins = 0;          // holders in `shared` beyond one private entry each
+    uint64_t pins = 0;          // holders in `shared` beyond the first of a block without a node
+    uint64_t external = 0;      // of them those that pin_blocks and take_blocks stand for
   };
 
   uint32_t slot_of(SeqHandle seq) const;  // throws PYRT_ESTATE
@@ -351,14 +357,14 @@ class BlockPool {
   NodeId find_child(NodeId parent, uint64_t key, const int32_t* tokens) const noexcept;
   bool settle(uint32_t slot, uint64_t key, const int32_t* tokens) noexcept;
   void publish(uint32_t slot, const int32_t* ids, uint32_t n) noexcept;
-  void learn(uint32_t slot, const int32_t* ids, uint32_t n) noexcept;
+  void stop(uint32_t slot) noexcept;
   void slide_windows(uint32_t slot) noexcept;
   void set_tip(uint32_t slot, NodeId node) noexcept;
 
   // eviction.cpp
   NodeId make_node(NodeId parent, uint64_t key, const int32_t* tokens) noexcept;
   void remove_if_unused(NodeId node) noexcept;
-  void list(Group& group, NodeId node, bool front) noexcept;
+  void list(Group& group, NodeId node, bool spent) noexcept;
   void unlist(Group& group, NodeId node) noexcept;
   void hold(Group& group, NodeId node) noexcept;
   void unhold(Group& group, NodeId node) noexcept;
@@ -368,11 +374,14 @@ class BlockPool {
   BlockId evict_node(uint32_t group, NodeId node, std::vector<Eviction>* evicted) noexcept;
   void evict(uint32_t group, uint32_t n, BlockId* out, std::vector<Eviction>* evicted) noexcept;
   uint32_t candidates(Group& group, uint32_t n, NodeId* out) noexcept;
+  static uint32_t oldest_in(const Group& group, std::span<NodeId> out) noexcept;
+  uint32_t rate(Group& group, NodeId* ids, uint32_t count) noexcept;
+  void export_key(NodeId node) noexcept;
   void announce(NodeId node, EventType type, Reason reason) noexcept;
 
   // allocate.cpp
   void take(uint32_t group, uint32_t slot, uint32_t n, std::vector<Eviction>* evicted) noexcept;
-  void give(Group& group, BlockId first, uint32_t count) noexcept;
+  BlockId take_loose(uint32_t group, std::vector<Eviction>* evicted) noexcept;
   void set_room(Group& group, uint32_t slot, BlockId begin, uint32_t count) noexcept;
   void drop_room(Group& group, uint32_t slot) noexcept;
   bool halve_a_room(Group& group) noexcept;
@@ -383,13 +392,38 @@ class BlockPool {
   uint32_t copies_for(uint32_t group, uint32_t slot) const noexcept;
 
   // block_pool.cpp
+  SeqHandle handle_of(uint32_t slot) const { return SeqHandle{hot_[slot].generation} << 32 | slot; }
+  static uint32_t owed(const Sequence& s) {
+    return s.promised > s.blocks ? s.promised - s.blocks : 0;
+  }
   uint32_t open_slot(uint32_t space) noexcept;
   void close_slot(uint32_t slot) noexcept;
+  void promise(uint32_t slot, uint32_t blocks) noexcept;
   void release_entries(uint32_t slot, uint32_t from) noexcept;
   void release_entry(Group& group, uint32_t slot, uint32_t at) noexcept;
+  void check_trim(uint32_t slot, uint32_t tokens) const;
   void trim_slot(uint32_t slot, uint32_t tokens) noexcept;
+
+  // mask.cpp, tiers.cpp
+  void cut_chain(uint32_t slot, uint32_t at) noexcept;
+  uint32_t group_of(uint32_t group) const;  // throws PYRT_EINVAL
+  void check_external(const Group& group, std::span<const BlockId> blocks) const;
+  void take_many(uint32_t group, std::span<BlockId> out, std::vector<Eviction>* evicted);
+
+  // check.cpp
+  void check_group(uint32_t group) const;
+  void check_nodes() const;
+  void check_sequences() const;
+
+  // step.cpp
+  void next_epoch() noexcept;
+  void validate(const StepOps& ops);
+  void plan_growth(uint32_t slot, uint32_t tokens, int64_t* need);
+  uint32_t plan_admission(const Admission& admission, size_t at, int64_t* need);
   void count_drops(uint32_t slot, uint32_t from, int64_t* gains) noexcept;
   void clear_drops(uint32_t slot, uint32_t from) noexcept;
+  bool would_be_cached(const Group& group, NodeId node, uint32_t taken) const noexcept;
+  uint32_t first_seen(uint32_t group, uint32_t found) const noexcept;
 
   // Numbers that change in no call begin; then what they size.
   Options options_;
@@ -426,8 +460,13 @@ class BlockPool {
   Stats stats_;
   int64_t fail_countdown_ = -1;
 
-  std::vector<NodeId> scratch_nodes_;
+  // Scratch of one call.
+  std::vector<NodeId> walked_;  // max_blocks
   std::vector<BlockId> victims_;
+  std::vector<NodeId> hits_, taken_;  // of a step's admissions
+  std::vector<uint32_t> found_;
+  std::vector<std::pair<uint32_t, BlockId>> copied_;  // group, block
+  uint32_t trim_epoch_ = 0;
 };
 
 }  // namespace pyruntime::kv

@@ -29,6 +29,11 @@ class EventRing {
   uint64_t begin() const noexcept { return end_ > ring_.size() ? end_ - ring_.size() : 0; }
   uint64_t end() const noexcept { return end_; }
   Event& at(uint64_t sequence) noexcept { return ring_[sequence % ring_.size()]; }
+  // The event whose number ends in these 32 bits, if the ring still has it.
+  Event* find(uint32_t low) noexcept {
+    const uint32_t back = static_cast<uint32_t>(end_) - low;
+    return back > 0 && back <= ring_.size() && back <= end_ ? &at(end_ - back) : nullptr;
+  }
   uint64_t push(const Event& event) noexcept {
     at(end_) = event;
     return end_++;

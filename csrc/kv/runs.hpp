@@ -48,6 +48,13 @@ class Runs {
       block += 1u << order;
     }
   }
+  // The same in the order in which they would be taken, size by size.
+  template <class Visit>
+  void each_listed(Visit&& visit) const {
+    for (uint32_t order = 0; order <= kMaxOrder; ++order) {
+      for (BlockId at = heads_[order]; at != kNone; at = links_[at].next) visit(at, 1u << order);
+    }
+  }
   void check() const;  // throws PYRT_ECORRUPT
   uint32_t chunks(uint32_t order) const noexcept { return counts_[order]; }
 
@@ -64,7 +71,7 @@ class Runs {
   };
   Array<Link> links_;
   Array<uint8_t> order_;
-  uint32_t heads_[kMaxOrder + 1];
+  uint32_t heads_[kMaxOrder + 1] = {};
   uint32_t counts_[kMaxOrder + 1] = {};
   uint32_t num_blocks_ = 0;
   uint32_t free_ = 0;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <atomic>
+#include <bit>
 #include <cstdint>
 
 namespace pyruntime::kv {
@@ -34,6 +35,12 @@ struct Stats {
   Counter score_calls, score_faults;
   Counter step_us[kStepBuckets];
   Counter step_ns;
+
+  void took(uint64_t ns) noexcept {
+    step_ns.add(ns);
+    const int bucket = std::bit_width(ns / 1000);
+    step_us[bucket < kStepBuckets ? bucket : kStepBuckets - 1].add(1);
+  }
 };
 
 }  // namespace pyruntime::kv

@@ -15,10 +15,10 @@ namespace pyruntime::kv {
 using BlockId = uint32_t;
 inline constexpr uint32_t kNone = 0xffffffffu;
 
-// Content nodes; 0 is none, 0 and 1 are the heads of the eviction lists.
+// Content nodes; 0 is none, 0..2 are the heads of the eviction order.
 using NodeId = uint32_t;
 inline constexpr NodeId kNoNode = 0;
-inline constexpr NodeId kFirstNode = 2;
+inline constexpr NodeId kFirstNode = 3;
 
 // generation << 32 | slot. A slot's generation changes when its sequence ends.
 using SeqHandle = uint64_t;
