@@ -69,6 +69,7 @@ def gpu_kv_copy(
     num_blocks: int,
     stream: int,
 ) -> None: ...
+def kv_export_keys(secret: bytes, space: bytes, tokens: Any, block_size: int) -> Any: ...
 def gpu_pool_copy(
     gather: bool,
     layout: dict[str, int],

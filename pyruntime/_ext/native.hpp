@@ -16,6 +16,7 @@ void check(pyrt_status status);
 void bind_runtime(py::module_& m);
 void bind_budget(py::module_& m);
 void bind_gpu(py::module_& m);
+void bind_kv_tiers(py::module_& m);
 void bind_moe(py::module_& m);
 void bind_ops(py::module_& m);
 void bind_pool(py::module_& m);

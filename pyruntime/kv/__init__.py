@@ -40,6 +40,7 @@ and which work they are ordered after; here ``"cpu"`` and 0.
 """
 
 from pyruntime.kv.events import EventLog, block_keys
+from pyruntime.kv.export import export_keys
 from pyruntime.kv.prefix import ReferencePrefixPool
 from pyruntime.kv.reference import ReferenceBlockPool
 from pyruntime.kv.tables import BlockPool, GroupTable, KvGroup, KvStorage, StepTables
@@ -54,4 +55,5 @@ __all__ = [
     "ReferencePrefixPool",
     "StepTables",
     "block_keys",
+    "export_keys",
 ]
