@@ -27,7 +27,7 @@ test-gpu:
 	  -DCMAKE_MAKE_PROGRAM=$$(command -v ninja) -DCMAKE_INSTALL_PREFIX=$(CURDIR) --log-level=WARNING \
 	  -DPYRUNTIME_CUDA=ON -DCMAKE_CUDA_ARCHITECTURES=$(CUDA_ARCHITECTURES) -DPYRUNTIME_TESTS=ON \
 	  -DPYRUNTIME_GTEST_SOURCE=$(abspath $(wildcard $(WHEELS)/googletest))
-	cmake --build build/gpu --target pyruntime_cuda _native _fast _cffi kernel_tests
+	cmake --build build/gpu --target pyruntime_cuda _native _fast _kv _cffi kernel_tests
 	cmake --install build/gpu --component runtime >/dev/null
 	for program in build/gpu/test_*_kernels build/gpu/test_shim; do $$program || exit 1; done
 	@if command -v compute-sanitizer >/dev/null; then for tool in memcheck racecheck; do \

@@ -10,12 +10,14 @@ file(GLOB binding_sources CONFIGURE_DEPENDS pyruntime/_ext/*.cpp)
 pybind11_add_module(_native MODULE ${binding_sources})
 target_link_libraries(_native PRIVATE pyruntime pyruntime_flags)
 
-set(fast_c ${CMAKE_BINARY_DIR}/_fast.c)
 file(GLOB pxd CONFIGURE_DEPENDS pyruntime/_ext/*.pxd)
-add_custom_command(OUTPUT ${fast_c} DEPENDS pyruntime/_ext/_fast.pyx ${pxd}
-  COMMAND ${Python_EXECUTABLE} -m cython -3 --module-name pyruntime._ext._fast -I ${PROJECT_SOURCE_DIR}
-          ${PROJECT_SOURCE_DIR}/pyruntime/_ext/_fast.pyx -o ${fast_c})
-Python_add_library(_fast MODULE WITH_SOABI ${fast_c})
+foreach(module _fast _kv)
+  set(c ${CMAKE_BINARY_DIR}/${module}.c)
+  add_custom_command(OUTPUT ${c} DEPENDS pyruntime/_ext/${module}.pyx ${pxd}
+    COMMAND ${Python_EXECUTABLE} -m cython -3 --module-name pyruntime._ext.${module} -I ${PROJECT_SOURCE_DIR}
+            ${PROJECT_SOURCE_DIR}/pyruntime/_ext/${module}.pyx -o ${c})
+  Python_add_library(${module} MODULE WITH_SOABI ${c})
+endforeach()
 
 set(cffi_c ${CMAKE_BINARY_DIR}/_cffi.c)
 file(GLOB headers CONFIGURE_DEPENDS csrc/include/pyruntime/*.h)
@@ -24,9 +26,9 @@ add_custom_command(OUTPUT ${cffi_c} DEPENDS pyruntime/_ext/cffi_build.py ${heade
           ${PROJECT_SOURCE_DIR}/csrc/include/pyruntime ${cffi_c})
 Python_add_library(_cffi MODULE WITH_SOABI ${cffi_c})
 
-foreach(module _fast _cffi)
+foreach(module _fast _kv _cffi)
   target_link_libraries(${module} PRIVATE pyruntime)
   target_include_directories(${module} PRIVATE csrc/include)
 endforeach()
-set_target_properties(_native _fast _cffi PROPERTIES INSTALL_RPATH "$ORIGIN/../lib")
-install(TARGETS _native _fast _cffi LIBRARY DESTINATION pyruntime/_ext COMPONENT runtime)
+set_target_properties(_native _fast _kv _cffi PROPERTIES INSTALL_RPATH "$ORIGIN/../lib")
+install(TARGETS _native _fast _kv _cffi LIBRARY DESTINATION pyruntime/_ext COMPONENT runtime)

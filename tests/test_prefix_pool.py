@@ -1,13 +1,14 @@
-"""The reference prefix cache: sharing, eviction, and events that add up to its index."""
+"""Prefix caches of an engine, reference and native: sharing, eviction, and events that add up."""
 
 import numpy as np
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from pyruntime.engine.llm import make_loop
 from pyruntime.engine.messages import Submit
-from pyruntime.kv import EventLog, KvGroup, ReferencePrefixPool, block_keys
+from pyruntime.kv import EventLog, KvGroup, ReferencePrefixPool, ServingPool, block_keys
 from pyruntime.models import shipped
 
 
@@ -29,12 +30,16 @@ def test_keys_name_a_block_and_all_before_it():
     assert a[:2] == b[:2] and a[2] != b[2]
     assert block_keys(prompt(9, 2), 4)[1] != a[1]
     assert block_keys(prompt(1), 4, b"x") != a[:1]
+    assert block_keys(prompt(1), 4, b"", b"secret") != a[:1]
     assert len(block_keys(prompt(1, 2)[:7], 4)) == 1
-    assert block_keys(prompt(1, 2, 3)[4:], 4, after=a[0]) == a[1:]
 
 
-def test_prefixes_are_shared_within_a_namespace_only():
-    pool = ReferencePrefixPool(16, 4, 2)
+POOLS = pytest.mark.parametrize("make", [ReferencePrefixPool, ServingPool])
+
+
+@POOLS
+def test_prefixes_are_shared_within_a_namespace_only(make):
+    pool = make(16, 4, 2)
     assert run(pool, 1, prompt(1, 2, 3)) == 0
     assert run(pool, 2, prompt(1, 2, 9)) == 8
     assert run(pool, 3, prompt(1, 2, 3)) == 8  # the last token is never cached
@@ -48,8 +53,9 @@ def test_prefixes_are_shared_within_a_namespace_only():
     assert run(pool, 5, prompt(1, 2, 3, 4)) == 12  # freed blocks stay
 
 
-def test_the_least_recently_used_end_goes_first():
-    pool = ReferencePrefixPool(4, 4)
+@POOLS
+def test_the_least_recently_used_end_goes_first(make):
+    pool = make(4, 4)
     run(pool, 1, prompt(1, 2))
     pool.free(1)
     run(pool, 2, prompt(3))
@@ -60,7 +66,7 @@ def test_the_least_recently_used_end_goes_first():
     pool.check()
 
 
-def test_what_windows_release_is_never_shared():
+def test_what_windows_release_the_reference_never_shares():
     groups = [KvGroup((0,), 8, 4)]
     pool = ReferencePrefixPool(16, 4, 1, groups)
     assert run(pool, 1, prompt(1, 2, 3, 4)) == 0 == run(pool, 2, prompt(1, 2, 3, 4))
@@ -71,7 +77,7 @@ class Machine(RuleBasedStateMachine):
 
     def __init__(self):
         super().__init__()
-        self.pool = ReferencePrefixPool(12, 4)
+        self.pool = self.make()
         self.live = {}
         self.next = 0
         self.mirror, self.seq = set(), 0
@@ -123,8 +129,19 @@ class Machine(RuleBasedStateMachine):
         assert set(self.pool.snapshot()[1]) == self.mirror
 
 
-TestMachine = Machine.TestCase
-TestMachine.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
+class ReferenceMachine(Machine):
+    def make(self):
+        return ReferencePrefixPool(12, 4)
+
+
+class NativeMachine(Machine):
+    def make(self):
+        return ServingPool(12, 4)
+
+
+TestReference, TestNative = ReferenceMachine.TestCase, NativeMachine.TestCase
+SETTINGS = settings(max_examples=40, stateful_step_count=30, deadline=None, derandomize=True)
+TestReference.settings = TestNative.settings = SETTINGS
 
 
 def test_an_event_log_says_what_it_has_lost():

@@ -12,7 +12,7 @@ constexpr uint64_t kMostNodes = uint64_t{1} << 30;
 
 }  // namespace
 
-BlockPool::BlockPool(const Options& options) : options_(options), events_(options.event_capacity) {
+BlockPool::BlockPool(const Options& options) : options_(options) {
   const auto in_range = [](uint64_t value, uint64_t low, uint64_t high, const char* name) {
     if (value < low || value > high) {
       fail(PYRT_EINVAL, "%s is %llu; it must be in %llu..%llu", name,
@@ -71,6 +71,11 @@ BlockPool::BlockPool(const Options& options) : options_(options), events_(option
       group.nodes[head].prev = group.nodes[head].next = head;
     }
   }
+  events_ = EventRing(options.event_capacity);
+  if (events_.enabled()) {
+    states_ = Array<ShaState>(max_nodes_);
+    path_.resize(max_blocks_);
+  }
   walked_.resize(max_blocks_);
   victims_.resize(kVictims);
   open_space("", 0);
@@ -90,6 +95,12 @@ uint32_t BlockPool::open_space(const void* salt, size_t bytes) {
   const auto space = static_cast<uint32_t>(roots_.size());
   roots_.reserve(roots_.size() + 1);
   checkpoint();
+  if (events_.enabled()) {
+    chains_.reserve(roots_.size() + 1);
+    chains_.resize(roots_.size(), KeyChain("", 0, "", 0, options_.block_size));
+    chains_.emplace_back(options_.secret.data(), options_.secret.size(), salt, bytes,
+                         options_.block_size);
+  }
   const auto inserted = spaces_.emplace(std::move(name), space).first;
   const NodeId root = make_node(kNoNode, index_.root_key(salt, bytes), nullptr);
   if (root == kNoNode) {

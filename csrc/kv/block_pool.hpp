@@ -82,10 +82,12 @@
 #include <vector>
 
 #include "kv/events.hpp"
+#include "kv/export_key.hpp"
 #include "kv/index.hpp"
 #include "kv/runs.hpp"
 #include "kv/stats.hpp"
 #include "kv/types.hpp"
+#include "pyruntime/kv.h"
 
 namespace pyruntime::kv {
 
@@ -102,35 +104,17 @@ class Tiers {
   virtual void removed(NodeId node) noexcept = 0;
 };
 
-// Rates candidates for eviction: writes scores[i] for nodes[i], i < n; the lowest goes first.
-struct Candidate {
-  uint32_t node;
-  uint32_t block;
-  uint32_t depth;     // blocks from the namespace's root, saturating
-  uint32_t age;       // steps since it was last held
-  uint32_t hits;      // admissions that found it
-  uint32_t children;  // continuations known
-  int64_t expiry_ns;
-};
-using ScoreFunction = void (*)(const Candidate* candidates, int64_t n, double* scores, void* user);
+// What a score function sees, and the function: the C ABI's own, see pyruntime/kv.h.
+using Candidate = pyrt_kv_candidate;
+using ScoreFunction = pyrt_kv_score;
 
 struct Match {
   uint32_t blocks = 0;  // leading blocks that every group can serve from the device
   uint32_t lower = 0;   // further blocks whose nodes have a copy in a lower tier or on the device
 };
 
-struct BlockCopy {  // to be done in all layers of the group before the step's writes
-  uint32_t group;
-  BlockId from;
-  BlockId to;
-};
-
-struct Eviction {
-  uint32_t group;
-  BlockId block;
-  NodeId node;
-  uint32_t generation;  // of the node, which lives on only if a tier kept it
-};
+using BlockCopy = pyrt_kv_copy;     // in all layers of the group, before the step's writes
+using Eviction = pyrt_kv_eviction;  // the node lives on only if a tier kept it
 
 struct Move {  // slots of one sequence, block * block_size + offset; read all, then write all
   uint32_t group;
@@ -223,6 +207,14 @@ class BlockPool {
     return groups_[group].rows.data() + size_t{slot_of(seq)} * stride_;
   }
   bool alive(SeqHandle seq) const;
+  // The latest commit in fewer layers than all: tokens, layers.
+  std::pair<uint32_t, uint32_t> partial(SeqHandle seq) const {
+    const Sequence& s = seqs_[slot_of(seq)];
+    return {s.layered, s.layers};
+  }
+  uint32_t blocks_for(uint64_t tokens) const {
+    return static_cast<uint32_t>((tokens + options_.block_size - 1) / options_.block_size);
+  }
 
   // Blocks that are free, reserved as room to grow, or cached: what a step can have at most.
   uint32_t available(uint32_t group) const;
@@ -235,6 +227,7 @@ class BlockPool {
 
   // Tiers.
   void set_tiers(Tiers* tiers) { tiers_ = tiers; }
+  bool has_tiers() const { return tiers_ != nullptr; }
   // While pinned a block is neither evicted nor reused, whoever frees it: copies in flight.
   void pin_blocks(uint32_t group, std::span<const BlockId> blocks);
   void unpin_blocks(uint32_t group, std::span<const BlockId> blocks);
@@ -267,8 +260,11 @@ class BlockPool {
   NodeId owner(uint32_t group, BlockId block) const { return groups_[group].owner[block]; }
 
   // Inspection.
-  EventRing& events() { return events_; }
+  const EventRing& events() const { return events_; }
+  const Event& event(uint64_t sequence) noexcept;             // with its key
+  size_t announced(uint8_t* keys, size_t capacity) noexcept;  // keys of all content announced
   Stats& stats() { return stats_; }
+  void fill(pyrt_kv_statistics& statistics) const noexcept;
   void check() const;           // throws PYRT_ECORRUPT
   uint64_t state_hash() const;  // of everything a caller can observe, eviction order included
   std::string picture(uint32_t group, uint32_t width) const;
@@ -345,9 +341,6 @@ class BlockPool {
   }
   NodeId* node_row_of(uint32_t slot) { return node_rows_.data() + slot * stride_; }
   const NodeId* node_row_of(uint32_t slot) const { return node_rows_.data() + slot * stride_; }
-  uint32_t blocks_for(uint64_t tokens) const {
-    return static_cast<uint32_t>((tokens + options_.block_size - 1) / options_.block_size);
-  }
   void checkpoint();  // an internal step of a plan: throws PYRT_ENOMEM when fail_at says so
 
   // prefix.cpp
@@ -377,6 +370,7 @@ class BlockPool {
   static uint32_t oldest_in(const Group& group, std::span<NodeId> out) noexcept;
   uint32_t rate(Group& group, NodeId* ids, uint32_t count) noexcept;
   void export_key(NodeId node) noexcept;
+  bool chain_known(NodeId node, bool resumable) const noexcept;
   void announce(NodeId node, EventType type, Reason reason) noexcept;
 
   // allocate.cpp
@@ -418,7 +412,7 @@ class BlockPool {
   // step.cpp
   void next_epoch() noexcept;
   void validate(const StepOps& ops);
-  void plan_growth(uint32_t slot, uint32_t tokens, int64_t* need);
+  void plan_growth(uint32_t slot, uint32_t tokens, uint32_t valid, int64_t* need);
   uint32_t plan_admission(const Admission& admission, size_t at, int64_t* need);
   void count_drops(uint32_t slot, uint32_t from, int64_t* gains) noexcept;
   void clear_drops(uint32_t slot, uint32_t from) noexcept;
@@ -457,6 +451,9 @@ class BlockPool {
   void* score_user_ = nullptr;
   Tiers* tiers_ = nullptr;
   EventRing events_;
+  std::vector<KeyChain> chains_;  // per namespace, where there are events
+  Array<ShaState> states_;        // per node, valid if kHasExportKey
+  std::vector<NodeId> path_;
   Stats stats_;
   int64_t fail_countdown_ = -1;
 

@@ -27,6 +27,15 @@ class KeyChain {
 
   uint64_t blocks() const noexcept { return blocks_; }
 
+  // Where the tokens of a block are whole blocks of the hash, a chain's place is its state and
+  // number of blocks: another chain with the same head may go on from there.
+  bool resumable() const noexcept { return aligned_; }
+  const ShaState& state() const noexcept { return state_; }
+  void resume(const ShaState& state, uint64_t blocks) noexcept {
+    state_ = state;
+    blocks_ = blocks;
+  }
+
   // Goes on over `n` further blocks and writes their keys, 32 bytes each.
   void extend(const int32_t* tokens, uint64_t n, uint8_t* keys) noexcept;
 

@@ -18,6 +18,7 @@ class Runs {
   explicit Runs(uint32_t num_blocks);  // all free
 
   uint32_t free() const noexcept { return free_; }
+  size_t bytes() const noexcept { return links_.bytes() + order_.bytes(); }
 
   // Takes a chunk of at least `wanted` blocks where there is one, the smallest such, else the
   // largest; returns its first block and size, {kNone, 0} when nothing is free.

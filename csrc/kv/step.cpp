@@ -100,9 +100,9 @@ void BlockPool::validate(const StepOps& ops) {
 
 // Adds what a sequence needs to hold `tokens`: blocks at its end, and one for the entry it writes
 // next if that is shared (the first of two sequences to write copies, the other need not).
-void BlockPool::plan_growth(uint32_t slot, uint32_t tokens, int64_t* need) {
+void BlockPool::plan_growth(uint32_t slot, uint32_t tokens, uint32_t valid, int64_t* need) {
   const Sequence& s = seqs_[slot];
-  uint32_t blocks = s.blocks, valid = hot_[slot].valid;
+  uint32_t blocks = s.blocks;
   bool shares = (hot_[slot].flags & kShares) != 0;
   if (s.trimmed) {
     blocks = std::min(blocks, blocks_for(s.trim_to));
@@ -197,7 +197,7 @@ bool BlockPool::step(const StepOps& ops, StepResult& result, bool dry) {
   for (const Growth& growth : ops.grows) {
     const auto slot = static_cast<uint32_t>(growth.seq);
     int64_t need[kMaxGroups] = {};
-    plan_growth(slot, growth.tokens, need);
+    plan_growth(slot, growth.tokens, hot_[slot].valid, need);
     for (uint32_t g = 0; g < num_groups_; ++g) result.need[g] += static_cast<uint32_t>(need[g]);
     const bool large = too_large(growth.tokens);
     all = subtract(need) && !large && all;

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -43,7 +44,8 @@ struct Options {
   uint32_t run_blocks = 16;     // blocks an allocation tries to get in one run; 1: no reservations
   uint32_t event_capacity = 0;  // 0: no events
   bool sharing = true;
-  uint64_t seed = 0;  // of the index's hash; 0: random
+  uint64_t seed = 0;   // of the index's hash; 0: random
+  std::string secret;  // the deployment's, of export keys
 };
 
 // What the index knows of one block of content. Fields marked T belong to the tiers: the core

@@ -18,7 +18,7 @@ from pyruntime.engine.runner import Engine
 from pyruntime.engine.sampling import SamplingParams
 from pyruntime.engine.text import StopStrings, Tokenizer
 from pyruntime.errors import CapacityError, Error, InternalError, InvalidArgumentError
-from pyruntime.kv import ReferencePrefixPool
+from pyruntime.kv import ServingPool
 from pyruntime.sched import preset
 
 __all__ = ["BLOCK_SIZE", "LLM", "Completion", "make_loop"]
@@ -65,7 +65,7 @@ def make_loop(
         raise InvalidArgumentError(f"kv_bytes is {kv_bytes}; one block takes {block_bytes} bytes")
     engine = Engine.load(model, num_blocks, BLOCK_SIZE, progress, bits, hidden_budget=hidden_budget)
     groups = engine.kv.groups
-    pool = ReferencePrefixPool(
+    pool = ServingPool(
         num_blocks,
         BLOCK_SIZE,
         config.num_layers,

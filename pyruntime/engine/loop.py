@@ -21,7 +21,7 @@ from pyruntime import ops
 from pyruntime.engine.messages import Delta, Submit, TokenLogprobs
 from pyruntime.engine.runner import Engine, StepResult
 from pyruntime.errors import CapacityError, Error
-from pyruntime.kv import BlockPool
+from pyruntime.kv import EnginePool
 from pyruntime.sched import Policy, Preempt, Request, Resources, Scheduler, State, StepPlan
 
 __all__ = ["EngineLoop", "StepRecord"]
@@ -53,7 +53,7 @@ class _Live:
 class _View:
     """The pool as the scheduler sees it."""
 
-    def __init__(self, pool: BlockPool, start: Callable[[int], int]) -> None:
+    def __init__(self, pool: EnginePool, start: Callable[[int], int]) -> None:
         self.dry_run = pool.dry_run
         self.need = pool.need
         self.fits = pool.fits
@@ -84,7 +84,7 @@ class EngineLoop:
     Parameters
     ----------
     engine : Engine
-    pool : BlockPool
+    pool : EnginePool
         With as many blocks as the engine has, of the same size.
     policy : Policy, optional
     max_running, max_queued : int
@@ -96,7 +96,7 @@ class EngineLoop:
     def __init__(
         self,
         engine: Engine,
-        pool: BlockPool,
+        pool: EnginePool,
         policy: Policy | None = None,
         *,
         max_running: int = 64,

@@ -39,20 +39,28 @@ likes. Tables, storage, plan and result each say in `device` and `stream` where 
 and which work they are ordered after; here ``"cpu"`` and 0.
 """
 
+from pyruntime.kv.block_pool import Admission, Batch, BlockPool, Match, StepOutcome
 from pyruntime.kv.events import EventLog, block_keys
 from pyruntime.kv.export import export_keys
 from pyruntime.kv.prefix import ReferencePrefixPool
 from pyruntime.kv.reference import ReferenceBlockPool
-from pyruntime.kv.tables import BlockPool, GroupTable, KvGroup, KvStorage, StepTables
+from pyruntime.kv.serving import ServingPool
+from pyruntime.kv.tables import EnginePool, GroupTable, KvGroup, KvStorage, StepTables
 
 __all__ = [
+    "Admission",
+    "Batch",
     "BlockPool",
+    "EnginePool",
     "EventLog",
     "GroupTable",
     "KvGroup",
     "KvStorage",
+    "Match",
     "ReferenceBlockPool",
     "ReferencePrefixPool",
+    "ServingPool",
+    "StepOutcome",
     "StepTables",
     "block_keys",
     "export_keys",

@@ -1,8 +1,9 @@
 """What others may know of a pool's content: block keys, and events about them.
 
-A block's key names its content and everything before it: SHA-256 over the key of the block before
-and the block's tokens, cut to 128 bits; the chain begins at the namespace. Equal keys mean equal
-prefixes, so a router that knows the tokens of a request knows the keys of its blocks.
+A block's key names its content and everything before it: the first 128 bits of its export key
+(`pyruntime.kv.export_keys`), a digest of deployment secret, namespace and tokens. Equal keys mean
+equal prefixes, so a router that knows the secret and a request's tokens knows the keys of its
+blocks, and who does not know the secret can neither predict nor test them.
 
 Events are plain dicts with a gapless sequence number `seq` and a `type`:
 
@@ -17,7 +18,6 @@ which on events follow.
 
 from __future__ import annotations
 
-import hashlib
 import threading
 from collections.abc import Iterable
 from typing import Any
@@ -25,11 +25,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pyruntime.kv.export import export_keys
+
 __all__ = ["EventLog", "block_keys"]
 
 
 def block_keys(
-    tokens: NDArray[np.int32], block_size: int, namespace: bytes = b"", after: str = ""
+    tokens: NDArray[np.int32], block_size: int, namespace: bytes = b"", secret: bytes = b""
 ) -> list[str]:
     """Return the keys of the full blocks of `tokens`.
 
@@ -39,18 +41,11 @@ def block_keys(
     block_size : int
     namespace : bytes
         Tenants that must not share get different ones.
-    after : str, optional
-        Go on behind the block with this key instead of at the namespace's beginning.
+    secret : bytes
+        The deployment's.
     """
-    data = np.ascontiguousarray(tokens, np.int32)
-    key = bytes.fromhex(after)
-    if not after:
-        key = hashlib.sha256(b"pyruntime-kv\0" + namespace).digest()[:16]
-    keys = []
-    for begin in range(0, len(data) - block_size + 1, block_size):
-        key = hashlib.sha256(key + data[begin : begin + block_size].tobytes()).digest()[:16]
-        keys.append(key.hex())
-    return keys
+    keys = export_keys(secret, namespace, tokens, block_size=block_size)
+    return [key.tobytes()[:16].hex() for key in keys]
 
 
 class EventLog:

@@ -93,8 +93,9 @@ class ReferencePrefixPool(ReferenceBlockPool):
             return
         namespace, keys = self._names[request]
         if full > len(keys) and ids is not None:
-            # The chain goes on from the last key: hash only what is new.
-            keys += _continue(keys, namespace, ids, self.block_size, full)
+            keys += block_keys(ids[: full * self.block_size], self.block_size, namespace)[
+                len(keys) :
+            ]
         blocks = sequence.blocks[0]
         fresh = []
         first, sequence.published = sequence.published, min(full, len(keys))
@@ -180,13 +181,3 @@ class ReferencePrefixPool(ReferenceBlockPool):
             raise StateError("the index does not name the published blocks")
         if sorted(self.snapshot()[1]) != sorted(self._block_of):
             raise StateError("the events do not add up to the index")
-
-
-def _continue(
-    keys: list[str], namespace: bytes, ids: NDArray[np.int32], size: int, full: int
-) -> list[str]:
-    if not keys:
-        return block_keys(ids[: full * size], size, namespace)
-    # A chain's next key depends on the last one only.
-    begin = len(keys) * size
-    return block_keys(ids[begin : full * size], size, after=keys[-1])

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from pyruntime.errors import InvalidArgumentError
 
-__all__ = ["BlockPool", "GroupTable", "KvGroup", "KvStorage", "StepTables"]
+__all__ = ["EnginePool", "GroupTable", "KvGroup", "KvStorage", "StepTables"]
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int32]
@@ -137,7 +137,7 @@ class KvStorage:
                 part[to_block, to_at] = part[from_block, from_at]
 
 
-class BlockPool(Protocol):
+class EnginePool(Protocol):
     """What the engine loop asks of a pool; `pyruntime.kv` is its page."""
 
     num_blocks: int

@@ -3,6 +3,7 @@
 #define PYRUNTIME_H
 #include "pyruntime/abi.h"
 #include "pyruntime/gpu.h"
+#include "pyruntime/kv.h"
 #include "pyruntime/kv_tiers.h"
 #include "pyruntime/moe.h"
 #include "pyruntime/ops.h"

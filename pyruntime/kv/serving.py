@@ -1,0 +1,412 @@
+"""The block pool as an engine loop uses it: requests by number, and the contract of `pyruntime.kv`.
+
+Allocation, prefix sharing, eviction and events are `BlockPool`'s; here are names of requests, and
+swapping to host memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pyruntime.errors import CapacityError, InvalidArgumentError, NotFoundError, StateError
+from pyruntime.kv.block_pool import NO_COUNTS, NO_SEQS, REASONS, BlockPool
+from pyruntime.kv.tables import GroupTable, KvGroup, KvStorage, StepTables
+
+__all__ = ["ServingPool"]
+
+DRY = 1
+EVENTS = 1 << 16
+
+
+@dataclass(slots=True)
+class _Request:
+    seq: int
+    blocks: int
+    """Entries of its tables."""
+    swapped: list[dict[int, list[NDArray[np.float32]]]] | None = None
+    """Per group: index of a table entry to its K and V, layer by layer."""
+
+
+class ServingPool:
+    """`BlockPool` behind the contract of `pyruntime.kv`.
+
+    Parameters
+    ----------
+    num_blocks : int
+        Of each group.
+    block_size : int
+        Tokens per block.
+    num_layers : int
+    groups : sequence of KvGroup, optional
+        All layers in one group with full attention by default.
+    host_blocks : int, default 0
+        Blocks that may be swapped out at a time, counted in all groups.
+    storage : KvStorage, optional
+        Needed for swapping.
+    max_requests : int, default 4096
+        Requests known at a time.
+    **options
+        Of `BlockPool`.
+    """
+
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int = 16,
+        num_layers: int = 1,
+        groups: Sequence[KvGroup] | None = None,
+        host_blocks: int = 0,
+        storage: KvStorage | None = None,
+        *,
+        max_requests: int = 4096,
+        **options: Any,
+    ) -> None:
+        if min(num_blocks, block_size, num_layers) < 1:
+            raise InvalidArgumentError("num_blocks, block_size and num_layers must be positive")
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.num_layers = num_layers
+        self.groups = tuple(groups or [KvGroup(tuple(range(num_layers)), 0, block_size)])
+        self.host_blocks = host_blocks if storage is not None else 0
+        options.setdefault("events", EVENTS)
+        self.pool = BlockPool(
+            num_blocks,
+            block_size=block_size,
+            groups=self.groups,
+            num_layers=num_layers,
+            max_seqs=max_requests,
+            **options,
+        )
+        self._native = self.pool.native
+        self._storage = storage
+        self._requests: dict[int, _Request] = {}
+        self._spaces: dict[bytes, int] = {b"": 0}
+        self._num_swapped = 0
+
+    # Requests
+
+    def admit(
+        self, request: int, tokens: NDArray[np.int32], namespace: bytes = b"", reserve: int = 0
+    ) -> int:
+        """Make a request known; its leading blocks in memory become its own.
+
+        At least one token is left to compute. Returns the tokens that are not.
+
+        Raises
+        ------
+        pyruntime.errors.StateError
+            The request is known already.
+        """
+        if request in self._requests:
+            raise StateError(f"request {request} is in the pool already")
+        space = self._spaces.get(namespace)
+        if space is None:
+            space = self._spaces[namespace] = self.pool.namespace(namespace)
+        seq = self._native.open(space)
+        cached = self.pool.admit(seq, tokens, reserve=reserve)
+        self._requests[request] = _Request(seq, cached // self.block_size)
+        return cached
+
+    def start(self, request: int) -> int:
+        """Make a request known whose tokens do not matter; see `pyruntime.sched.KvView`."""
+        return 0 if self.knows(request) else self.admit(request, np.empty(0, np.int32))
+
+    def knows(self, request: int) -> bool:
+        """Whether the request was admitted and not freed since."""
+        return request in self._requests
+
+    def commit(
+        self,
+        request: int,
+        tokens: int,
+        layers: int,
+        ids: NDArray[np.int32] | None = None,
+    ) -> None:
+        """Note that the first `tokens` tokens, which `ids` begins with, are valid in `layers`."""
+        known = self._requests.get(request)
+        if known is not None:  # else cancelled while the step ran
+            self._native.commit(known.seq, tokens, layers, ids)
+
+    def observe(self, requests: Sequence[int], marks: dict[int, NDArray[np.uint8]]) -> None:
+        """Take attention marks: this pool never asks for them."""
+
+    def free(self, request: int) -> None:
+        """Return a request's blocks; unknown requests are ignored. Published blocks stay cached."""
+        known = self._requests.pop(request, None)
+        if known is not None:
+            self._num_swapped -= _held(known.swapped)
+            self._native.free(known.seq)
+
+    # Planning
+
+    def blocks_for(self, tokens: int) -> int:
+        """Return the blocks that `tokens` tokens fill."""
+        return -(-tokens // self.block_size)
+
+    def fits(self, tokens: int) -> bool:
+        """Whether a lone sequence of `tokens` tokens could ever fit."""
+        return self.blocks_for(tokens) <= self.num_blocks
+
+    def held(self, request: int) -> int:
+        """Return the blocks of a request in its largest group; 0 for an unknown one."""
+        known = self._requests.get(request)
+        if known is None or known.swapped is not None or known.blocks == 0:
+            return 0
+        rows = (
+            self.pool.tables([known.seq], group=g, width=known.blocks)
+            for g in range(len(self.groups))
+        )
+        return max(int((row >= 0).sum()) for row in rows)
+
+    def need(self, request: int, tokens: int) -> int:
+        """Return the further blocks `request` needs to hold `tokens`, in the neediest group."""
+        known = self._requests.get(request)
+        if known is not None and known.swapped is not None:
+            return max(self._need_back(known, tokens))
+        return max(0, -(-tokens // self.block_size) - (known.blocks if known else 0))
+
+    def _need_back(self, known: _Request, tokens: int) -> list[int]:
+        assert known.swapped is not None
+        wanted = max(self.blocks_for(tokens), known.blocks)
+        return [wanted - (known.blocks - len(kept)) for kept in known.swapped]
+
+    def dry_run(self, grow: Sequence[tuple[int, int]], free: Sequence[int] = ()) -> int:
+        """Return the blocks left after such a step, negative for a deficit; changes nothing."""
+        seqs, counts, extra = [], [], [0] * len(self.groups)
+        for request, tokens in grow:
+            known = self._requests.get(request)
+            if known is not None and known.swapped is None:
+                seqs.append(known.seq)
+                counts.append(tokens)
+                continue
+            whole = [self.blocks_for(tokens)] * len(self.groups)
+            for g, n in enumerate(self._need_back(known, tokens) if known else whole):
+                extra[g] += n
+        frees = [
+            known.seq
+            for request in dict.fromkeys(free)
+            if (known := self._requests.get(request)) is not None and known.swapped is None
+        ]
+        leaving = set(frees)
+        pairs = [(s, n) for s, n in zip(seqs, counts, strict=True) if s not in leaving]
+        again = len(seqs) - len(pairs)
+        if again:  # freed and grown: as if it were unknown
+            for s, n in zip(seqs, counts, strict=True):
+                if s in leaving:
+                    extra = [have + self.blocks_for(n) for have in extra]
+        _, result, _ = self._native.step(
+            np.array(frees, np.uint64) if frees else NO_SEQS,
+            (),
+            np.array([s for s, _ in pairs], np.uint64) if pairs else NO_SEQS,
+            np.array([n for _, n in pairs], np.uint32) if pairs else NO_COUNTS,
+            (),
+            DRY,
+            None,
+        )
+        return int(min(left - n for left, n in zip(result["left"], extra, strict=True)))
+
+    # Steps
+
+    def step(
+        self,
+        grow: Sequence[tuple[int, int]],
+        free: Sequence[int] = (),
+        swap_out: Sequence[int] = (),
+        swap_in: Sequence[int] = (),
+    ) -> StepTables:
+        """Free and swap, then grow, and return the tables of the requests in `grow`.
+
+        Raises
+        ------
+        pyruntime.errors.NotFoundError
+            A request in `grow` was not admitted.
+        pyruntime.errors.StateError
+            A request in `grow` is swapped out and not in `swap_in`, or one in `swap_in` is not in
+            `grow`.
+        pyruntime.errors.CapacityError
+            Blocks are missing, here or on the host; nothing has changed.
+        """
+        requests = self._requests
+        growing = []
+        for request, _ in grow:
+            known = requests.get(request)
+            if known is None or request in free:
+                raise NotFoundError(f"request {request} is not in the pool; admit it first")
+            if request in swap_out:
+                raise StateError(f"request {request} cannot grow and be swapped out")
+            if known.swapped is not None and request not in swap_in:
+                raise StateError(f"request {request} is swapped out; the step must swap it in")
+            growing.append(known)
+        frees = [request for request in dict.fromkeys(free) if request in requests]
+        if swap_out or swap_in:
+            self._swap(grow, frees, swap_out, swap_in)
+            frees = []
+        wanted = [-(-tokens // self.block_size) for _, tokens in grow]
+        width = max([1, *wanted, *(known.blocks for known in growing)])
+        tables = [np.empty((len(grow), width), np.int32) for _ in self.groups]
+        fitted, result, _ = self._native.step(
+            np.array([requests[r].seq for r in frees], np.uint64) if frees else NO_SEQS,
+            (),
+            np.array([known.seq for known in growing], np.uint64),
+            np.array([tokens for _, tokens in grow], np.uint32),
+            (),
+            0,
+            tables,
+        )
+        if not fitted:
+            lacking = -min(result["left"])
+            raise CapacityError(f"the step lacks {lacking} KV blocks; preempt or finish a request")
+        for request in frees:
+            del requests[request]
+        for known, blocks in zip(growing, wanted, strict=True):
+            known.blocks = max(known.blocks, blocks)
+        made = StepTables(
+            [GroupTable(t, self.block_size, np.zeros(len(grow), np.int32)) for t in tables],
+            {request: row for row, (request, _) in enumerate(grow)},
+        )
+        if result["copies"]:
+            made.copies = np.array(result["copies"], np.int32)
+        return made
+
+    # Swapping
+
+    def can_swap(self, request: int) -> bool:
+        """Whether the host has room for the request's blocks."""
+        known = self._requests.get(request)
+        return (
+            known is not None and known.swapped is None and self._total(known) <= self._host_left()
+        )
+
+    def _total(self, known: _Request) -> int:
+        if known.blocks == 0 or known.swapped is not None:
+            return 0
+        return sum(
+            int((self.pool.tables([known.seq], group=g, width=known.blocks) >= 0).sum())
+            for g in range(len(self.groups))
+        )
+
+    def _host_left(self, free: Sequence[int] = ()) -> int:
+        returning = sum(_held(self._requests[r].swapped) for r in set(free) & set(self._requests))
+        return self.host_blocks - self._num_swapped + returning
+
+    def _swap(
+        self,
+        grow: Sequence[tuple[int, int]],
+        frees: Sequence[int],
+        swap_out: Sequence[int],
+        swap_in: Sequence[int],
+    ) -> None:
+        """Check that the whole step fits, then free and swap."""
+        if not {request for request, _ in grow}.issuperset(swap_in):
+            raise StateError("what is swapped in must be in the step")
+        leaving = [r for r in dict.fromkeys(swap_out) if r in self._requests]
+        if sum(self._total(self._requests[r]) for r in leaving) > self._host_left(frees):
+            raise CapacityError("the host tier is full; preempt with recompute instead")
+        left = self.dry_run(grow, [*frees, *leaving])
+        if left < 0:
+            raise CapacityError(f"the step lacks {-left} KV blocks; preempt or finish a request")
+        for request in frees:
+            self.free(request)
+        for request in leaving:
+            self._out(self._requests[request])
+        for request in swap_in:
+            self._back(self._requests[request])
+
+    def _parts(self, group: int) -> list[NDArray[np.float32]]:
+        assert self._storage is not None
+        layers = self.groups[group].layers
+        return [p for la in layers for p in (self._storage.keys[la], self._storage.values[la])]
+
+    def _rows(self, known: _Request) -> list[list[int]]:
+        if known.blocks == 0:
+            return [[] for _ in self.groups]
+        return [
+            self.pool.tables([known.seq], group=g, width=known.blocks)[0].tolist()
+            for g in range(len(self.groups))
+        ]
+
+    def _out(self, known: _Request) -> None:
+        if known.swapped is not None:
+            return
+        known.swapped = [
+            {i: [p[b].copy() for p in self._parts(g)] for i, b in enumerate(row) if b >= 0}
+            for g, row in enumerate(self._rows(known))
+        ]
+        self._num_swapped += _held(known.swapped)
+        self._native.park(known.seq)
+
+    def _back(self, known: _Request) -> None:
+        if known.swapped is None:
+            return
+        self._native.unpark(known.seq)
+        for g, row in enumerate(self._rows(known)):
+            for i, saved in known.swapped[g].items():
+                for part, block in zip(self._parts(g), saved, strict=True):
+                    part[row[i]] = block
+        self._num_swapped -= _held(known.swapped)
+        known.swapped = None
+
+    # Inspection
+
+    @property
+    def num_swapped(self) -> int:
+        """Blocks on the host, in all groups."""
+        return self._num_swapped
+
+    @property
+    def num_free(self) -> int:
+        """Blocks that are free or could be at once, in the group that has least."""
+        return min(self._native.available(g) for g in range(len(self.groups)))
+
+    @property
+    def promised(self) -> int:
+        """Blocks reserved by admitted requests and not held yet."""
+        return int(self.pool.stats()["promised"])
+
+    @property
+    def hit_tokens(self) -> int:
+        """Prompt tokens found in memory, so far."""
+        return int(self.pool.stats()["hit_tokens"])
+
+    @property
+    def asked_tokens(self) -> int:
+        """Prompt tokens looked for, so far."""
+        return int(self.pool.stats()["asked_tokens"])
+
+    def stats(self) -> dict[str, Any]:
+        """Return the pool's counters and gauges, and ``swapped`` blocks."""
+        return {**self.pool.stats(), "swapped": self._num_swapped}
+
+    def events(self, since: int) -> tuple[int, list[dict[str, Any]]]:
+        """Return the next sequence number and the events from `since` on."""
+        following, lost, found = self._native.events(since, EVENTS)
+        first = following - len(found)
+        if lost:
+            return following, [
+                {"seq": following - 1, "type": "dropped", "count": lost + len(found)}
+            ]
+        events: list[dict[str, Any]] = []
+        for seq, (kind, reason, key) in enumerate(found, first):
+            event: dict[str, Any] = {"seq": seq, "type": "stored", "keys": [key.hex()]}
+            if kind == 2:
+                event |= {"type": "removed", "reason": REASONS[reason]}
+            events.append(event)
+        return following, events
+
+    def snapshot(self) -> tuple[int, list[str]]:
+        """Return the sequence number of the next event, and the keys of all published blocks."""
+        following, keys = self.pool.snapshot()
+        return following, [key.hex() for key in keys]
+
+    def check(self) -> None:
+        """Raise `CorruptDataError` unless every invariant of the pool holds."""
+        self.pool.check()
+
+
+def _held(swapped: list[dict[int, Any]] | None) -> int:
+    return sum(map(len, swapped)) if swapped is not None else 0
