@@ -205,7 +205,7 @@ void BlockPool::copy_on_write(uint32_t slot, StepResult& result) noexcept {
       continue;
     }
     const auto from = static_cast<BlockId>(entry);
-    const BlockId to = take_loose(g, &result.evicted);
+    const BlockId to = take_loose(g, evictions(result));
     release_entry(group, slot, at);
     entry = static_cast<int32_t>(to);
     result.copies.push_back({g, from, to});
@@ -219,12 +219,12 @@ void BlockPool::grow(uint32_t slot, uint32_t tokens, StepResult& result) noexcep
   Sequence& s = seqs_[slot];
   Hot& hot = hot_[slot];
   if ((hot.flags & kShares) != 0) copy_on_write(slot, result);
-  hot.flags |= kTouched;
+  touch(slot);
   const uint32_t wanted = blocks_for(tokens);
   if (wanted > s.blocks) {
     const uint32_t owed_before = owed(s);
     for (uint32_t g = 0; g < num_groups_; ++g) {
-      take(g, slot, wanted - s.blocks, &result.evicted);
+      take(g, slot, wanted - s.blocks, evictions(result));
     }
     s.blocks = wanted;
     promised_ -= owed_before - owed(s);

@@ -37,21 +37,66 @@ Batch::Batch(BlockPool& pool, std::span<const SeqHandle> seqs, std::span<const A
     generations_.push_back(static_cast<uint32_t>(seq >> 32));
   }
   for (uint32_t g = 0; g < pool.num_groups_; ++g) bases_[g].resize(rows());
-  full_.resize(rows());
-  touched_.resize(rows());
+  begin_of_.resize(pool.options_.block_size + 1);
+  rows_of_.resize(rows());
+  touched_.reserve(rows());
   keys_.resize(rows());
+  unwanted_.resize(rows());
+  id_ = ++pool.batches_;
   for (uint32_t row = 0; row < rows(); ++row) {
     // The first step looks at every row with care.
-    pool.hot_[slots_[row]].flags |= BlockPool::kTouched;
+    pool.touch(slots_[row]);
     write_row(row);
     if (lengths_ != nullptr) lengths_[row] = static_cast<int32_t>(pool.hot_[slots_[row]].held);
+  }
+}
+
+// Looks at every row: which need the general way, and when the others' blocks will be full.
+void Batch::look() {
+  const uint32_t size = pool_.options_.block_size;
+  uint32_t bad = 0;
+  touched_.clear();
+  std::fill(begin_of_.begin(), begin_of_.end(), 0);
+  const auto plain = [&](const BlockPool::Hot& h) {
+    return (h.flags & ~BlockPool::kStopped) == BlockPool::kOpen && h.fill > 0;
+  };
+  for (uint32_t row = 0; row < rows(); ++row) {
+    const BlockPool::Hot& h = pool_.hot_[slots_[row]];
+    bad |= (h.generation ^ generations_[row]) | (~h.flags & BlockPool::kOpen) |
+           (h.flags & BlockPool::kParked);
+    if (plain(h)) {
+      ++begin_of_[h.fill % size + 1];
+    } else {
+      touched_.push_back(row);
+    }
+  }
+  if (bad != 0) fail(PYRT_ESTATE, "a sequence of the batch has ended or was swapped out");
+  for (uint32_t residue = 0; residue < size; ++residue) {
+    begin_of_[residue + 1] += begin_of_[residue];
+  }
+  for (uint32_t row = rows(); row-- > 0;) {  // fills each residue's part from its end
+    const BlockPool::Hot& h = pool_.hot_[slots_[row]];
+    if (plain(h)) rows_of_[--begin_of_[h.fill % size + 1]] = row;
+  }
+  // The parts' ends have become their beginnings: shift back.
+  for (uint32_t residue = 0; residue < size; ++residue) begin_of_[residue] = begin_of_[residue + 1];
+  begin_of_[size] = rows() - static_cast<uint32_t>(touched_.size());
+  phase_ = 0;
+  seen_ = true;
+  seen_touches_ = pool_.touches_;
+  pool_.active_batch_ = id_;
+}
+
+void Batch::set_bases(uint32_t row, uint32_t at) {
+  for (uint32_t g = 0; g < pool_.num_groups_; ++g) {
+    bases_[g][row] = pool_.row_of(pool_.groups_[g], slots_[row])[at] *
+                     static_cast<int32_t>(pool_.options_.block_size);
   }
 }
 
 void Batch::write_row(uint32_t row) {
   const uint32_t slot = slots_[row];
   const uint32_t blocks = pool_.seqs_[slot].blocks;
-  const uint32_t held = pool_.hot_[slot].held;
   for (uint32_t g = 0; g < pool_.num_groups_; ++g) {
     const int32_t* entries = pool_.row_of(pool_.groups_[g], slot);
     if (arrays_[g].tables != nullptr) {
@@ -59,9 +104,6 @@ void Batch::write_row(uint32_t row) {
       std::copy(entries, entries + blocks, out);
       std::fill(out + blocks, out + arrays_[g].stride, -1);
     }
-    if (held == 0) continue;
-    bases_[g][row] = entries[(held - 1) / pool_.options_.block_size] *
-                     static_cast<int32_t>(pool_.options_.block_size);
   }
 }
 
@@ -77,19 +119,12 @@ bool Batch::advance(const int32_t* tokens, StepResult& result) {
   result.evicted.clear();
 
   // Plan.
+  if (!seen_ || seen_touches_ != pool_.touches_ || pool_.active_batch_ != id_) look();
+  const uint32_t due = (size - phase_ % size) % size;
+  const uint32_t* full = rows_of_.data() + begin_of_[due];
+  const uint32_t num_full = begin_of_[due + 1] - begin_of_[due];
+  const auto num_touched = static_cast<uint32_t>(touched_.size());
   Hot* hot = pool_.hot_.data();
-  uint32_t num_full = 0, num_touched = 0;
-  uint32_t ended = 0;
-  for (uint32_t row = 0; row < count; ++row) {
-    const Hot& h = hot[slots_[row]];
-    ended |= (h.generation ^ generations_[row]) | (~h.flags & BlockPool::kOpen) |
-             (h.flags & BlockPool::kParked);
-    const bool plain = (h.flags & ~BlockPool::kStopped) == BlockPool::kOpen;
-    full_[num_full] = touched_[num_touched] = row;
-    num_touched += !plain;
-    num_full += plain && h.fill == size;
-  }
-  if (ended != 0) fail(PYRT_ESTATE, "a sequence of the batch has ended or was swapped out");
   int64_t need[kMaxGroups] = {};
   const auto require_column = [&](uint32_t row) {
     for (uint32_t g = 0; g < groups; ++g) {
@@ -101,7 +136,7 @@ bool Batch::advance(const int32_t* tokens, StepResult& result) {
     }
   };
   for (uint32_t i = 0; i < num_full; ++i) {
-    const uint32_t slot = slots_[full_[i]];
+    const uint32_t slot = slots_[full[i]];
     const BlockPool::Sequence& s = pool_.seqs_[slot];
     __builtin_prefetch(&pool_.nodes_[s.tip]);
     __builtin_prefetch(&pool_.tails_[size_t{slot} * size]);
@@ -113,7 +148,7 @@ bool Batch::advance(const int32_t* tokens, StepResult& result) {
       __builtin_prefetch(&group.nodes[s.tip]);
     }
     __builtin_prefetch(pool_.node_row_of(slot) + s.published);
-    require_column(full_[i]);
+    require_column(full[i]);
     result.never_fits |= s.blocks >= pool_.max_blocks_;
   }
   for (uint32_t i = 0; i < num_touched; ++i) {
@@ -125,6 +160,11 @@ bool Batch::advance(const int32_t* tokens, StepResult& result) {
   }
   for (const auto& [g, block] : pool_.copied_) pool_.groups_[g].block_drops[block] = 0;
   pool_.copied_.clear();
+  for (uint32_t g = 0; g < groups; ++g) {
+    if (pool_.available(g) - need[g] >= int64_t{num_full} + num_touched) continue;
+    hold_back(full, num_full, need);
+    break;
+  }
   bool enough = !result.never_fits;
   for (uint32_t g = 0; g < groups; ++g) {
     result.need[g] = static_cast<uint32_t>(need[g]);
@@ -138,43 +178,46 @@ bool Batch::advance(const int32_t* tokens, StepResult& result) {
   result.copies.reserve(size_t{num_touched} * groups);
   pool_.checkpoint();
   if (pool_.tiers_ != nullptr) {
-    result.evicted.reserve(size_t{pool_.options_.run_blocks + 1} * (num_full + 2 * num_touched) *
-                           groups);
+    result.evicted.reserve((size_t{4} * pool_.options_.run_blocks + 1) * groups *
+                           (size_t{num_full} + 2 * size_t{num_touched} + 1));
   }
   pool_.checkpoint();
 
   // Commit: nothing fails from here on.
   ++pool_.stamp_;
   for (uint32_t i = 0; i < num_full; ++i) {
-    const uint32_t slot = slots_[full_[i]];
+    const uint32_t slot = slots_[full[i]];
     pool_.index_.keys(pool_.nodes_[pool_.seqs_[slot].tip].key, &pool_.tails_[size_t{slot} * size],
                       size, 1, &keys_[i]);
     pool_.index_.prefetch(keys_[i]);
   }
-  uint32_t next_full = 0, next_touched = 0;
+  for (uint32_t i = 0; i < num_full; ++i) open_block(full[i], keys_[i], result);
+  if (num_touched > 0) {
+    for (const uint32_t row : touched_) general(row, result);
+    seen_ = false;  // they are plain now
+  }
+  ++phase_;
+  seen_touches_ = pool_.touches_;
+
+  // Every row's token, counters, and slot in the first group.
   int32_t* tails = pool_.tails_.data();
+  int32_t* lengths = lengths_ != nullptr ? lengths_ : unwanted_.data();
+  int32_t* first_slots = arrays_[0].slots != nullptr ? arrays_[0].slots : unwanted_.data();
+  const int32_t* first_bases = bases_[0].data();
+  const uint32_t* slots = slots_.data();
   for (uint32_t row = 0; row < count; ++row) {
-    if (next_full < num_full && full_[next_full] == row) {
-      open_block(row, tokens[row], keys_[next_full], result);
-      ++next_full;
-    } else if (next_touched < num_touched && touched_[next_touched] == row) {
-      general(row, tokens[row], result);
-      ++next_touched;
-    } else {
-      const uint32_t slot = slots_[row];
-      Hot& h = hot[slot];
-      tails[size_t{slot} * size + h.fill] = tokens[row];
-      ++h.fill;
-      h.valid = h.held;
-      ++h.held;
-    }
+    const uint32_t slot = slots[row];
+    Hot& h = hot[slot];
+    const uint32_t fill = h.fill;
+    const uint32_t held = h.held;
+    tails[size_t{slot} * size + fill] = tokens[row];
+    h.fill = static_cast<uint16_t>(fill + 1);
+    h.valid = held;
+    h.held = held + 1;
+    lengths[row] = static_cast<int32_t>(held + 1);
+    first_slots[row] = first_bases[row] + static_cast<int32_t>(fill);
   }
-  if (lengths_ != nullptr) {
-    for (uint32_t row = 0; row < count; ++row) {
-      lengths_[row] = static_cast<int32_t>(hot[slots_[row]].held);
-    }
-  }
-  for (uint32_t g = 0; g < groups; ++g) {
+  for (uint32_t g = 1; g < groups; ++g) {
     if (arrays_[g].slots == nullptr) continue;
     const int32_t* bases = bases_[g].data();
     for (uint32_t row = 0; row < count; ++row) {
@@ -189,62 +232,86 @@ bool Batch::advance(const int32_t* tokens, StepResult& result) {
   return true;
 }
 
-// A row whose block is full: that one is settled, the token begins the next.
-void Batch::open_block(uint32_t row, int32_t token, uint64_t key, StepResult& result) {
+// Content that a row has written a second time is held from when the row's block is settled, and
+// thus no longer to be evicted: adds that to the need, where it may matter.
+void Batch::hold_back(const uint32_t* full, uint32_t num_full, int64_t* need) {
+  const uint32_t size = pool_.options_.block_size;
+  if (!pool_.options_.sharing) return;
+  std::vector<NodeId>& found = pool_.hits_;
+  found.clear();
+  found.reserve(size_t{num_full} + touched_.size());
+  const auto look_up = [&](uint32_t row) {
+    const uint32_t slot = slots_[row];
+    const BlockPool::Hot& h = pool_.hot_[slot];
+    if ((h.flags & BlockPool::kStopped) != 0 || h.fill != size) return;
+    const int32_t* tail = &pool_.tails_[size_t{slot} * size];
+    const NodeId tip = pool_.seqs_[slot].tip;
+    uint64_t key;
+    pool_.index_.keys(pool_.nodes_[tip].key, tail, size, 1, &key);
+    const NodeId id = pool_.find_child(tip, key, tail);
+    if (id == kNoNode || std::find(found.begin(), found.end(), id) != found.end()) return;
+    found.push_back(id);
+    for (uint32_t g = 0; g < pool_.num_groups_; ++g) {
+      need[g] += (pool_.groups_[g].nodes[id].flags & kListed) != 0;
+    }
+  };
+  for (uint32_t i = 0; i < num_full; ++i) look_up(full[i]);
+  for (const uint32_t row : touched_) look_up(row);
+}
+
+// A row whose block is full: that one is settled, and the next token begins another.
+void Batch::open_block(uint32_t row, uint64_t key, StepResult& result) {
   const uint32_t slot = slots_[row];
   const uint32_t size = pool_.options_.block_size;
   BlockPool::Hot& h = pool_.hot_[slot];
   BlockPool::Sequence& s = pool_.seqs_[slot];
-  int32_t* tail = &pool_.tails_[size_t{slot} * size];
   h.valid = h.held;
   if ((h.flags & BlockPool::kStopped) == 0 &&
-      (!pool_.options_.sharing || !pool_.settle(slot, key, tail))) {
+      (!pool_.options_.sharing || !pool_.settle(slot, key, &pool_.tails_[size_t{slot} * size]))) {
     pool_.stop(slot);
   }
   const bool windows = pool_.num_groups_ > 1 || pool_.groups_[0].options.window != 0;
   if (windows) pool_.slide_windows(slot);
   if (h.held >= uint64_t{s.blocks} * size) {
     const uint32_t owed_before = BlockPool::owed(s);
-    for (uint32_t g = 0; g < pool_.num_groups_; ++g) pool_.take(g, slot, 1, &result.evicted);
+    for (uint32_t g = 0; g < pool_.num_groups_; ++g)
+      pool_.take(g, slot, 1, pool_.evictions(result));
     ++s.blocks;
     pool_.promised_ -= owed_before - BlockPool::owed(s);
   }
+  h.fill = 0;
   const uint32_t at = h.held / size;
+  set_bases(row, at);
   for (uint32_t g = 0; g < pool_.num_groups_; ++g) {
-    const int32_t entry = pool_.row_of(pool_.groups_[g], slot)[at];
-    bases_[g][row] = entry * static_cast<int32_t>(size);
     if (arrays_[g].tables == nullptr) continue;
     int32_t* out = arrays_[g].tables + row * arrays_[g].stride;
-    out[at] = entry;
+    out[at] = pool_.row_of(pool_.groups_[g], slot)[at];
     if (!windows || pool_.groups_[g].options.window == 0) continue;
     const uint32_t released = pool_.groups_[g].rooms[slot].released;
     for (uint32_t i = released; i > 0 && out[i - 1] >= 0; --i) out[i - 1] = -1;
   }
-  tail[0] = token;
-  h.fill = 1;
-  ++h.held;
 }
 
-// A row that was changed elsewhere, or that shares the block it writes.
-void Batch::general(uint32_t row, int32_t token, StepResult& result) {
+// A row that was changed elsewhere, or that shares the block it writes: afterwards it is as any
+// other before its token comes.
+void Batch::general(uint32_t row, StepResult& result) {
   const uint32_t slot = slots_[row];
   const uint32_t size = pool_.options_.block_size;
   BlockPool::Hot& h = pool_.hot_[slot];
   h.valid = h.held;
   pool_.publish(slot, nullptr, 0);
   pool_.slide_windows(slot);
-  const uint32_t before = h.held;
-  pool_.grow(slot, before + 1, result);
-  const bool known = pool_.seqs_[slot].published * size + h.fill == before;
+  const uint32_t held = h.held;
+  pool_.grow(slot, held + 1, result);
+  h.held = held;
+  const bool known = pool_.seqs_[slot].published * size + h.fill == held;
   if ((h.flags & BlockPool::kStopped) == 0 && !known) pool_.stop(slot);
   if ((h.flags & BlockPool::kStopped) != 0) {
-    h.fill = static_cast<uint16_t>(before % size + 1);  // only counts
-  } else {
-    pool_.tails_[size_t{slot} * size + h.fill] = token;
-    ++h.fill;
+    h.fill = static_cast<uint16_t>(held % size);  // only counts
   }
   h.flags &= static_cast<uint16_t>(~BlockPool::kTouched);
   write_row(row);
+  set_bases(row, held / size);
 }
 
 }  // namespace pyruntime::kv

@@ -1,10 +1,12 @@
 // A prepared decode batch: sequences that each grow by one token per step, again and again.
 //
 // What a scheduler asks for most often, with everything that does not change between steps kept:
-// handles resolved, the caller's arrays bound. A row whose open block does not fill costs a check,
-// a token store and a few counters; the others (one in block_size) publish their block and take
-// one, in two passes so that the cache misses of one row overlap those of the next. Rows that were
-// changed elsewhere since (kTouched), or that share their open block, take the general way once.
+// handles resolved, the caller's arrays bound, and, since all rows advance together, which rows'
+// blocks will be full at which step. So a step has two parts: rows whose block is full (one in
+// block_size) publish it and take another, in passes so that the cache misses of one row overlap
+// those of the next; then every row gets its token, in one loop without branches.
+// The pool counts changes made elsewhere (`touches_`); after one the batch looks at all its rows
+// again. Rows that were changed, or that share their open block, take the general way once.
 //
 // A step says that all tokens appended before it are valid in all layers now: the engine's work
 // that wrote them is ordered before whatever reads them.
@@ -35,17 +37,29 @@ class Batch {
   bool advance(const int32_t* tokens, StepResult& result);
 
  private:
-  void open_block(uint32_t row, int32_t token, uint64_t key, StepResult& result);
-  void general(uint32_t row, int32_t token, StepResult& result);
+  void look();
+  void hold_back(const uint32_t* full, uint32_t num_full, int64_t* need);
+  void open_block(uint32_t row, uint64_t key, StepResult& result);
+  void general(uint32_t row, StepResult& result);
   void write_row(uint32_t row);
+  void set_bases(uint32_t row, uint32_t at);
 
   BlockPool& pool_;
+  uint64_t id_;
   std::vector<uint32_t> slots_, generations_;
   std::vector<Arrays> arrays_;
   int32_t* lengths_;
   std::vector<int32_t> bases_[kMaxGroups];  // first slot of each row's open block
-  std::vector<uint32_t> full_, touched_;    // rows of the step that is made
+
+  // Plain rows by the residue of their fill when they were last looked at: those of residue r are
+  // rows_of_[begin_of_[r] .. begin_of_[r + 1]), and full when (r + phase_) % block_size == 0.
+  uint64_t seen_touches_ = 0;
+  bool seen_ = false;
+  uint32_t phase_ = 0;
+  std::vector<uint32_t> rows_of_, begin_of_;
+  std::vector<uint32_t> touched_;  // rows that take the general way in the next step
   std::vector<uint64_t> keys_;
+  std::vector<int32_t> unwanted_;  // where nobody asks for slots or lengths
 };
 
 }  // namespace pyruntime::kv

@@ -59,6 +59,7 @@ BlockPool::BlockPool(const Options& options) : options_(options) {
     group.nodes = Array<GroupNode>(max_nodes_, true);
     group.owner = Array<NodeId>(blocks);
     group.shared = Array<uint32_t>(blocks);
+    group.external = Array<uint16_t>(blocks);
     group.rows = Array<int32_t>(slots * stride_);
     group.rooms = Array<Room>(slots);
     group.node_drops = Array<uint32_t>(max_nodes_);
@@ -160,6 +161,7 @@ void BlockPool::close_slot(uint32_t slot) noexcept {
   --nodes_[s.tip].children;
   remove_if_unused(s.tip);
   hot_[slot].flags = 0;
+  ++touches_;
   s.next_free = free_slot_;
   free_slot_ = slot + 1;
   --num_open_;
@@ -245,7 +247,7 @@ void BlockPool::trim_slot(uint32_t slot, uint32_t tokens) noexcept {
   Hot& hot = hot_[slot];
   const uint32_t size = options_.block_size;
   const uint32_t left = blocks_for(tokens);
-  hot.flags |= kTouched;
+  touch(slot);
   const uint64_t owed_before = owed(s);
   if (left < s.blocks) {
     for (uint32_t g = 0; g < num_groups_; ++g) drop_room(groups_[g], slot);  // it lay behind them
@@ -331,7 +333,8 @@ SeqHandle BlockPool::fork(SeqHandle parent, bool published_only) {
   std::copy_n(&tails_[size_t{from} * size], hot.fill, &tails_[size_t{slot} * size]);
   // Either of them may write next what both hold.
   hot.flags |= kShares;
-  hot_[from].flags |= kShares | kTouched;
+  hot_[from].flags |= kShares;
+  touch(from);
   return handle_of(slot);
 }
 

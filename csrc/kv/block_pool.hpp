@@ -19,6 +19,7 @@
 //   tokens_[node*block_size]  64 B   at 16 tokens; compared as one line
 //   group.nodes[node]         32 B   block, holds, eviction links, resident children, planned uses
 //   group.owner, group.shared  4 B   per block: node it belongs to; private holders, pins, readers
+//   group.external             2 B   per block: of `shared` those outside: pins, copies in flight
 //   group.runs                 9 B   per block: the buddy lists of free runs          (runs.hpp)
 //   index                     16 B   per node: open addressing at load 1/2            (index.hpp)
 //   group.rows[slot*stride]    4 B   per table entry; node_rows_ the same for nodes
@@ -331,7 +332,7 @@ class BlockPool {
     uint32_t reserved = 0;
     uint32_t bins[kBins] = {};  // slot + 1
     uint64_t pins = 0;          // holders in `shared` beyond the first of a block without a node
-    uint64_t external = 0;      // of them those that pin_blocks and take_blocks stand for
+    Array<uint16_t> external;   // per block: holders that pin_blocks and take_blocks stand for
   };
 
   uint32_t slot_of(SeqHandle seq) const;  // throws PYRT_ESTATE
@@ -376,6 +377,10 @@ class BlockPool {
   // allocate.cpp
   void take(uint32_t group, uint32_t slot, uint32_t n, std::vector<Eviction>* evicted) noexcept;
   BlockId take_loose(uint32_t group, std::vector<Eviction>* evicted) noexcept;
+  // Where evictions are noted: only tiers want to know, and only for them room was made.
+  std::vector<Eviction>* evictions(StepResult& result) const noexcept {
+    return tiers_ != nullptr ? &result.evicted : nullptr;
+  }
   void set_room(Group& group, uint32_t slot, BlockId begin, uint32_t count) noexcept;
   void drop_room(Group& group, uint32_t slot) noexcept;
   bool halve_a_room(Group& group) noexcept;
@@ -390,6 +395,10 @@ class BlockPool {
   static uint32_t owed(const Sequence& s) {
     return s.promised > s.blocks ? s.promised - s.blocks : 0;
   }
+  void touch(uint32_t slot) noexcept {  // batches look at it again
+    hot_[slot].flags |= kTouched;
+    ++touches_;
+  }
   uint32_t open_slot(uint32_t space) noexcept;
   void close_slot(uint32_t slot) noexcept;
   void promise(uint32_t slot, uint32_t blocks) noexcept;
@@ -401,7 +410,6 @@ class BlockPool {
   // mask.cpp, tiers.cpp
   void cut_chain(uint32_t slot, uint32_t at) noexcept;
   uint32_t group_of(uint32_t group) const;  // throws PYRT_EINVAL
-  void check_external(const Group& group, std::span<const BlockId> blocks) const;
   void take_many(uint32_t group, std::span<BlockId> out, std::vector<Eviction>* evicted);
 
   // check.cpp
@@ -442,6 +450,9 @@ class BlockPool {
   uint64_t promised_ = 0;
   uint32_t stamp_ = 0;
   uint32_t epoch_ = 0;
+  uint64_t touches_ = 0;       // changes to sequences outside a batch
+  uint64_t active_batch_ = 0;  // that advanced last
+  uint64_t batches_ = 0;
 
   std::unordered_map<std::string, uint32_t> spaces_;
   std::vector<NodeId> roots_;

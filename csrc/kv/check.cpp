@@ -91,14 +91,13 @@ void BlockPool::check_group(uint32_t g) const {
         ++shares[row[at]];
     }
   }
-  uint64_t external = 0, pins = 0;
+  uint64_t pins = 0;
   for (BlockId block = 0; block < blocks; ++block) {
     const NodeId owner = group.owner[block];
-    if (group.shared[block] < shares[block]) {
-      broken("block %u is in %u tables and counted %u times", block, shares[block],
-             group.shared[block]);
+    if (group.shared[block] != shares[block] + group.external[block]) {
+      broken("block %u is in %u tables, held %u times outside, and counted %u times", block,
+             shares[block], group.external[block], group.shared[block]);
     }
-    external += group.shared[block] - shares[block];
     if (owner != kNoNode) {
       pins += group.shared[block];
       if (!is_node(owner) || group.nodes[owner].block != block) {
@@ -112,11 +111,6 @@ void BlockPool::check_group(uint32_t g) const {
       broken("block %u is %s", block, used ? "in use and free" : "lost");
     }
     if (group.block_drops[block] != 0) broken("a plan left its counts");
-  }
-  if (external != group.external) {
-    broken("blocks are held %llu times outside, %llu counted",
-           static_cast<unsigned long long>(external),
-           static_cast<unsigned long long>(group.external));
   }
   if (pins != group.pins) {
     broken("further holders are %llu, %llu counted", static_cast<unsigned long long>(pins),
@@ -282,14 +276,14 @@ uint64_t BlockPool::state_hash() const {
     }
     for (BlockId block = 0; block < group.options.num_blocks; ++block) {
       hash.add(uint64_t{group.owner[block]} << 32 | group.shared[block]);
+      hash.add(uint64_t{group.external[block]});
     }
     for (uint32_t slot = 0; slot < fresh_slot_; ++slot) {
       hash.add(uint64_t{group.rooms[slot].begin} << 32 | group.rooms[slot].count);
     }
     group.runs.each_listed(
         [&](BlockId first, uint32_t count) { hash.add(uint64_t{first} << 32 | count); });
-    for (const uint64_t value :
-         {uint64_t{group.listed}, uint64_t{group.reserved}, group.pins, group.external}) {
+    for (const uint64_t value : {uint64_t{group.listed}, uint64_t{group.reserved}, group.pins}) {
       hash.add(value);
     }
   }

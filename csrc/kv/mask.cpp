@@ -31,7 +31,8 @@ uint32_t BlockPool::mask(SeqHandle seq, const uint64_t* keep, uint32_t tokens,
       cut_chain(slot, at);
       node_row_of(slot)[at] = kNoNode;
     }
-    hot.flags |= kStopped | kTouched;
+    hot.flags |= kStopped;
+    touch(slot);
     hot.fill = 0;
     return tokens;
   }
@@ -100,7 +101,8 @@ uint32_t BlockPool::mask(SeqHandle seq, const uint64_t* keep, uint32_t tokens,
   promised_ += owed(s) - uint64_t{owed_before};
   hot.held = hot.valid = left;
   hot.fill = 0;
-  hot.flags = static_cast<uint16_t>((hot.flags & ~kShares) | kStopped | kTouched);
+  hot.flags = static_cast<uint16_t>((hot.flags & ~kShares) | kStopped);
+  touch(slot);
   return left;
 }
 

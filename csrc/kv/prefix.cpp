@@ -154,8 +154,10 @@ uint32_t BlockPool::admit(SeqHandle seq, const int32_t* tokens, uint32_t n, uint
   const uint32_t slot = slot_of(seq);
   Sequence& s = seqs_[slot];
   if (s.blocks != 0 || hot_[slot].held != 0) fail(PYRT_ESTATE, "the sequence is not empty");
+  if ((hot_[slot].flags & kParked) != 0) fail(PYRT_ESTATE, "the sequence is swapped out");
   const Match found = match(s.space, tokens, n, nullptr);
-  hot_[slot].flags |= kTouched;
+  touch(slot);
+  promise(slot, 0);  // of an admission before this one that found nothing
   acquire(slot, walked_.data(), found.blocks);
   promise(slot, blocks_for(reserve));
   stats_.admissions.add(1);
@@ -290,7 +292,7 @@ void BlockPool::commit(SeqHandle seq, uint32_t tokens, uint32_t layers, const in
     fail(PYRT_EINVAL, "layers is %u; it must be in 0..%u", layers, options_.num_layers);
   }
   if ((hot.flags & kParked) != 0) fail(PYRT_ESTATE, "the sequence is swapped out");
-  hot.flags |= kTouched;
+  touch(slot);
   if (layers != options_.num_layers) {
     seqs_[slot].layers = layers;
     seqs_[slot].layered = tokens;

@@ -249,7 +249,9 @@ bool BlockPool::step(const StepOps& ops, StepResult& result, bool dry) {
   result.copies.reserve(size_t{fits_grows} * num_groups_);
   checkpoint();
   if (tiers_ != nullptr) {
-    result.evicted.reserve(total_need + size_t{options_.run_blocks} * (fits_grows + 1));
+    // Each taker may evict a run beyond its need.
+    result.evicted.reserve(total_need + size_t{4} * options_.run_blocks * num_groups_ *
+                                            (size_t{fits_grows} + fits_admissions + 1));
   }
   checkpoint();
 

@@ -23,31 +23,31 @@ void BlockPool::pin_blocks(uint32_t g, std::span<const BlockId> blocks) {
       fail(PYRT_ESTATE, "block %u is free; nothing in it could be pinned", block);
     }
   }
+  for (size_t i = 0; i < blocks.size(); ++i) {
+    if (++group.external[blocks[i]] != 0) continue;
+    do --group.external[blocks[i]];
+    while (i-- > 0);
+    fail(PYRT_EFULL, "a block is pinned %u times already", UINT16_MAX);
+  }
   for (const BlockId block : blocks) share(group, block);
-  group.external += blocks.size();
-}
-
-// Each block must be held `least` times at least, counted with its repetitions in the list.
-void BlockPool::check_external(const Group& group, std::span<const BlockId> blocks) const {
-  if (blocks.size() > group.external) {
-    fail(PYRT_ESTATE, "%zu blocks are to be given back and %llu are out", blocks.size(),
-         static_cast<unsigned long long>(group.external));
-  }
-  for (const BlockId block : blocks) {
-    if (block >= group.options.num_blocks) {
-      fail(PYRT_EINVAL, "block is %u; the group has %u", block, group.options.num_blocks);
-    }
-    const auto times = std::count(blocks.begin(), blocks.end(), block);
-    if (group.shared[block] < static_cast<uint64_t>(times)) {
-      fail(PYRT_ESTATE, "block %u is not pinned that often", block);
-    }
-  }
 }
 
 void BlockPool::unpin_blocks(uint32_t g, std::span<const BlockId> blocks) {
   Group& group = groups_[group_of(g)];
-  check_external(group, blocks);
-  group.external -= blocks.size();
+  for (const BlockId block : blocks) {
+    if (block >= group.options.num_blocks) {
+      fail(PYRT_EINVAL, "block is %u; the group has %u", block, group.options.num_blocks);
+    }
+  }
+  for (size_t i = 0; i < blocks.size(); ++i) {
+    if (group.external[blocks[i]] > 0) {
+      --group.external[blocks[i]];
+      continue;
+    }
+    const BlockId block = blocks[i];
+    while (i-- > 0) ++group.external[blocks[i]];
+    fail(PYRT_ESTATE, "block %u is not pinned that often", block);
+  }
   for (const BlockId block : blocks) {
     if (unshare(group, block)) group.runs.put(block, 1);
   }
@@ -80,7 +80,7 @@ bool BlockPool::take_blocks(uint32_t g, std::span<BlockId> out, std::vector<Evic
   checkpoint();
   if (evicted != nullptr) evicted->reserve(evicted->size() + out.size());
   take_many(g, out, evicted);
-  groups_[g].external += out.size();
+  for (const BlockId block : out) groups_[g].external[block] = 1;
   return true;
 }
 
@@ -94,7 +94,7 @@ void BlockPool::attach(NodeId id, uint32_t g, BlockId block) {
     fail(PYRT_ESTATE, "node %u is not, or no longer, content", id);
   }
   if (block >= group.options.num_blocks || group.shared[block] == 0 ||
-      group.owner[block] != kNoNode || group.external == 0) {
+      group.owner[block] != kNoNode || group.external[block] == 0) {
     fail(PYRT_ESTATE, "block %u was not taken from this pool", block);
   }
   if (group.nodes[id].block != kNone) {
@@ -102,7 +102,7 @@ void BlockPool::attach(NodeId id, uint32_t g, BlockId block) {
   }
   attach_block(group, id, block);
   group.nodes[id].stamp = stamp_;
-  --group.external;
+  --group.external[block];
   if (--group.shared[block] == 0) list(group, id, false);
   announce(id, EventType::stored, Reason::capacity);
 }
@@ -142,7 +142,8 @@ void BlockPool::park(SeqHandle seq) {
   set_tip(slot, roots_[s.space]);
   s.published = 0;
   hot.fill = 0;
-  hot.flags = static_cast<uint16_t>((hot.flags & ~kShares) | kParked | kTouched);
+  hot.flags = static_cast<uint16_t>((hot.flags & ~kShares) | kParked);
+  touch(slot);
 }
 
 void BlockPool::unpark(SeqHandle seq, std::vector<Eviction>* evicted) {

@@ -169,6 +169,33 @@ TEST(KvBatch, ARefusedStepLeavesNoTrace) {
   }
 }
 
+TEST(KvBatch, ContentWrittenASecondTimeIsNoRoom) {
+  Options o = options(4);
+  o.run_blocks = 1;
+  BlockPool pool(o);
+  SeqHandle first;
+  serve(pool, first, prompt({1}));
+  pool.free({&first, 1});  // its block is cached
+  const SeqHandle seq = pool.open(0), other = pool.open(0);
+  Batch batch(pool, {&seq, 1}, std::vector<Batch::Arrays>(1), nullptr);
+  StepResult result;
+  const int32_t token = 1;
+  for (int i = 0; i < 4; ++i) ASSERT_TRUE(batch.advance(&token, result));
+  const Growth growth{other, 8};
+  StepOps ops;
+  ops.grows = {&growth, 1};
+  ASSERT_TRUE(pool.step(ops, result, false));
+  ASSERT_EQ(pool.available(0), 1u);
+  const uint64_t before = pool.state_hash();
+  // The block that is full is what is cached: held with it, nothing is left to evict.
+  EXPECT_FALSE(batch.advance(&token, result));
+  EXPECT_EQ(result.left[0], -1);
+  EXPECT_EQ(pool.state_hash(), before);
+  pool.free({&other, 1});
+  EXPECT_TRUE(batch.advance(&token, result));
+  pool.check();
+}
+
 TEST(KvBatch, EndsWithItsSequences) {
   BlockPool pool(options(16));
   std::vector<SeqHandle> seqs{pool.open(0), pool.open(0)};

@@ -34,6 +34,19 @@ inline uint32_t below(std::mt19937_64& random, uint64_t n) {
   return static_cast<uint32_t>(random() % n);
 }
 
+// A score function that prefers one half of the blocks, or answers nothing.
+struct Scored {
+  int calls = 0;
+  bool silent = false;
+};
+
+inline void prefer_even_blocks(const Candidate* c, int64_t n, double* scores, void* user) {
+  auto* scored = static_cast<Scored*>(user);
+  ++scored->calls;
+  if (scored->silent) return;
+  for (int64_t i = 0; i < n; ++i) scores[i] = c[i].block % 2 == 0 ? -1.0 : 1.0;
+}
+
 // Serves a prompt whole: admitted, computed, published. Returns its cached tokens.
 inline uint32_t serve(BlockPool& pool, SeqHandle& seq, const Tokens& tokens, uint32_t space = 0) {
   Admission a;
