@@ -160,8 +160,8 @@ def play(ops, seed, num_blocks, size, run_blocks):
                 del model.holders[content]
             model.idle.clear()
         assert pool.available() == model.available(), op
+        pool.check()
         if op % 16 == 0:
-            pool.check()
             for content in list(model.holders)[:5]:
                 found = model.cached((*content, 0))
                 tokens = np.array((*content, 0), np.int32)

@@ -198,6 +198,8 @@ bool Batch::advance(const int32_t* tokens, StepResult& result) {
   }
   ++phase_;
   seen_touches_ = pool_.touches_;
+  // What was written a second time is held now: the plan looks for that only when it may matter.
+  for (uint32_t g = 0; g < groups; ++g) result.left[g] = pool_.available(g);
 
   // Every row's token, counters, and slot in the first group.
   int32_t* tails = pool_.tails_.data();

@@ -34,6 +34,7 @@ TEST(KvRandom, ProgramsKeepEveryInvariant) {
     }
     EXPECT_GT(program.done, 100u);
     EXPECT_GT(program.refused, 0u);
+    EXPECT_GT(program.batched, 20u);
   }
 }
 

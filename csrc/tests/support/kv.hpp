@@ -7,6 +7,7 @@
 #include <random>
 #include <vector>
 
+#include "kv/batch.hpp"
 #include "kv/block_pool.hpp"
 
 namespace pyruntime::kv::test {
@@ -79,7 +80,7 @@ class Program {
   };
 
   void step() {
-    switch (below(random_, 12)) {
+    switch (below(random_, 13)) {
       case 0:
       case 1:
       case 2:
@@ -101,12 +102,14 @@ class Program {
         return mask();
       case 11:
         return rare();
+      case 12:
+        return batch();
     }
   }
 
   BlockPool pool;
   std::vector<Live> live;
-  uint64_t done = 0, refused = 0, injected = 0;
+  uint64_t done = 0, refused = 0, injected = 0, batched = 0;
   bool inject = false;
 
  private:
@@ -245,10 +248,81 @@ class Program {
     Live& each = live[below(random_, live.size())];
     if (!pool.parked(each.seq)) return pool.park(each.seq);
     const uint64_t before = pool.state_hash();
-    try {
-      pool.unpark(each.seq, nullptr);
-    } catch (const Error&) {
-      ASSERT_EQ(pool.state_hash(), before);
+    for (int64_t k = inject ? 0 : -1; k < 2; ++k) {
+      pool.fail_at(k);
+      try {
+        pool.unpark(each.seq, nullptr);
+        break;
+      } catch (const Error& error) {
+        ASSERT_EQ(pool.state_hash(), before);
+        if (error.status() == PYRT_EFULL) break;
+        ++injected;
+      }
+    }
+    pool.fail_at(-1);
+  }
+
+  // A few steps of some of the sequences, each step's failures as in a transaction.
+  void batch() {
+    std::vector<SeqHandle> seqs;
+    std::vector<size_t> rows;
+    for (size_t i = 0; i < live.size(); ++i) {
+      if (pool.parked(live[i].seq) || below(random_, 3) == 0) continue;
+      seqs.push_back(live[i].seq);
+      rows.push_back(i);
+    }
+    uint32_t width = 0;
+    for (const GroupOptions& group : pool.options().groups) {
+      width = std::max(width, group.num_blocks);
+    }
+    std::vector<int32_t> tables(seqs.size() * width * pool.num_groups());
+    std::vector<Batch::Arrays> arrays;
+    for (uint32_t g = 0; g < pool.num_groups(); ++g) {
+      arrays.push_back({tables.data() + g * seqs.size() * width, width, nullptr});
+    }
+    Batch batch(pool, seqs, arrays, nullptr);
+    for (uint32_t steps = below(random_, 3 * pool.options().block_size); steps > 0; --steps) {
+      Tokens tokens;
+      for (size_t i = 0; i < seqs.size(); ++i) {
+        tokens.push_back(static_cast<int32_t>(below(random_, 2)));
+      }
+      StepResult result;
+      bool fitted = false, full = false;
+      const uint64_t before = pool.state_hash();
+      const Tokens table = tables;
+      for (int64_t k = inject ? 0 : -1;; ++k) {
+        pool.fail_at(k);
+        try {
+          fitted = batch.advance(tokens.data(), result);
+          break;
+        } catch (const Error& error) {
+          ASSERT_TRUE(pool.state_hash() == before && tables == table)
+              << "step " << k << " of a batch failed and left something";
+          full = error.status() == PYRT_EINVAL;  // a row has as many blocks as a table can hold
+          if (full) break;
+          ASSERT_EQ(error.status(), PYRT_ENOMEM);
+          ++injected;
+        }
+      }
+      pool.fail_at(-1);
+      if (full || !fitted) {
+        ASSERT_TRUE(pool.state_hash() == before && tables == table);
+        ++refused;
+        return;
+      }
+      ++batched;
+      for (uint32_t g = 0; g < pool.num_groups(); ++g) {
+        ASSERT_GE(pool.available(g), result.left[g]);
+        for (size_t i = 0; i < seqs.size(); ++i) {
+          const int32_t* row = arrays[g].tables + i * width;
+          const uint32_t last = pool.blocks(seqs[i]) - 1;
+          ASSERT_EQ(row[last], pool.row(g, seqs[i])[last]);
+        }
+      }
+      for (size_t i = 0; i < seqs.size(); ++i) {
+        Live& each = live[rows[i]];
+        if (each.tokens.size() + 1 == pool.held(each.seq)) each.tokens.push_back(tokens[i]);
+      }
     }
   }
 
