@@ -58,7 +58,7 @@ Index::Index(uint32_t max_nodes, uint64_t seed) {
 }
 
 uint64_t Index::root_key(const void* salt, size_t bytes) const noexcept {
-  uint64_t key = secret_[8] ^ bytes;
+  uint64_t key = fold(secret_[7] ^ bytes, secret_[8]);
   const auto* at = static_cast<const unsigned char*>(salt);
   for (size_t i = 0; i < bytes; i += 8) {
     uint64_t part = 0;

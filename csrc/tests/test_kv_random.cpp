@@ -1,4 +1,6 @@
 // Random programs over the block pool: invariants hold, and failed plans leave no trace.
+#include <cstring>
+
 #include "support/kv.hpp"
 
 namespace {
@@ -51,6 +53,30 @@ TEST(KvRandom, FailuresInjectedIntoPlansLeaveNoTrace) {
   }
   program.pool.check();
   EXPECT_GT(program.injected, 1000u);
+}
+
+// Equal keys cost no correctness, only time: a test that counts them.
+TEST(KvIndex, DifferentBlocksHaveDifferentKeys) {
+  const Index index(16, 1);
+  for (const uint32_t size : {1u, 4u, 16u, 40u}) {
+    std::vector<uint64_t> keys;
+    for (const char* salt : {"", "a", "0123456789"}) {
+      for (int32_t first = 0; first < 500; ++first) {
+        Tokens tokens(2 * size, 7);
+        tokens[0] = first;
+        uint64_t both[2];
+        index.keys(index.root_key(salt, std::strlen(salt)), tokens.data(), size, 2, both);
+        keys.insert(keys.end(), both, both + 2);
+      }
+    }
+    std::sort(keys.begin(), keys.end());
+    EXPECT_EQ(std::adjacent_find(keys.begin(), keys.end()), keys.end()) << size;
+    std::vector<uint32_t> low;
+    for (const uint64_t key : keys) low.push_back(static_cast<uint32_t>(key) % 65536);
+    std::sort(low.begin(), low.end());
+    // 3000 of 65536: 2932 distinct ones are to be expected, with a deviation of 8.
+    EXPECT_GT(std::unique(low.begin(), low.end()) - low.begin(), 2870) << size;
+  }
 }
 
 }  // namespace
