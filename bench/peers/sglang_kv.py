@@ -72,8 +72,10 @@ class Python:
     class Allocator:
         device = "cpu"
 
-        def free(self, indices):
+        def free(self, *indices, **where):
             pass
+
+        free_segment = free
 
     def __init__(self):
         self.core = RadixCache.create_simulated(mock_allocator=self.Allocator(), page_size=16)
@@ -88,7 +90,7 @@ class Python:
         self.core.evict(EvictParams(num_tokens=count))
 
     def matched(self, result):
-        return len(result.device_indices)
+        return result.device_prefix_len
 
 
 TREES = {"python": Python, "rust": Rust}

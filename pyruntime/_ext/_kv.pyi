@@ -47,7 +47,7 @@ class Pool:
         frees: Any,
         trims: Sequence[tuple[int, int]],
         grows: Any,
-        grow_tokens: Any,
+        grow_tokens: Any | None,
         admissions: Sequence[tuple[int, Any, int, int]],
         flags: int,
         tables: Sequence[Any] | None,

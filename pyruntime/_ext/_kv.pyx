@@ -366,9 +366,9 @@ cdef class Pool:
     def step(self, frees, trims, grows, grow_tokens, admissions, uint32_t flags, tables):
         """One step; see `pyrt_kv_step`.
 
-        frees, grows uint64 and grow_tokens uint32 arrays; trims pairs (handle, tokens); admissions
-        tuples (space, tokens, room, reserve); tables one int32 array per group, or None. Returns
-        (fitted, result, [(handle, cached)]).
+        frees, grows uint64 and grow_tokens uint32 arrays, or frees None, or grow_tokens None and
+        grows pairs; trims pairs (handle, tokens); admissions tuples (space, tokens, room, reserve);
+        tables one int32 array per group, or None. Returns (fitted, result, [(handle, cached)]).
         """
         cdef pyrt_kv_ops ops
         cdef pyrt_kv_result result
@@ -378,29 +378,33 @@ cdef class Pool:
         cdef View view
         cdef list held = []
         cdef size_t i, n, num_trims = len(trims), num_admissions = len(admissions)
-        cdef const uint64_t* seqs
-        cdef const uint32_t* tokens
+        cdef const uint64_t* seqs = NULL
+        cdef const uint32_t* tokens = NULL
         cdef pyrt_status status
         memset(&ops, 0, sizeof(ops))
         ops.struct_size = sizeof(ops)
         ops.flags = flags
         result.struct_size = sizeof(result)
-        view = View()
-        take(view, frees, 8, False, 1, False, "frees")
-        held.append(view)
-        ops.frees = <const uint64_t*>view.buffer.buf
-        ops.num_frees = view.buffer.shape[0]
-        view = View()
-        take(view, grows, 8, False, 1, False, "grows")
-        held.append(view)
-        n = view.buffer.shape[0]
-        seqs = <const uint64_t*>view.buffer.buf
-        view = View()
-        take(view, grow_tokens, 4, False, 1, False, "grow_tokens")
-        held.append(view)
-        if <size_t>view.buffer.shape[0] != n:
-            raise InvalidArgumentError("grows and grow_tokens have different lengths")
-        tokens = <const uint32_t*>view.buffer.buf
+        if frees is not None:
+            view = View()
+            take(view, frees, 8, False, 1, False, "frees")
+            held.append(view)
+            ops.frees = <const uint64_t*>view.buffer.buf
+            ops.num_frees = view.buffer.shape[0]
+        if grow_tokens is None:
+            n = len(grows)
+        else:
+            view = View()
+            take(view, grows, 8, False, 1, False, "grows")
+            held.append(view)
+            n = view.buffer.shape[0]
+            seqs = <const uint64_t*>view.buffer.buf
+            view = View()
+            take(view, grow_tokens, 4, False, 1, False, "grow_tokens")
+            held.append(view)
+            if <size_t>view.buffer.shape[0] != n:
+                raise InvalidArgumentError("grows and grow_tokens have different lengths")
+            tokens = <const uint32_t*>view.buffer.buf
         if tables is not None:
             if len(tables) != self.num_groups:
                 raise InvalidArgumentError(f"tables are needed for {self.num_groups} groups")
@@ -423,9 +427,14 @@ cdef class Pool:
             for i, (seq, left) in enumerate(trims):
                 growths[i].seq = seq
                 growths[i].tokens = left
-            for i in range(n):
-                growths[num_trims + i].seq = seqs[i]
-                growths[num_trims + i].tokens = tokens[i]
+            if grow_tokens is None:
+                for i, (seq, left) in enumerate(grows):
+                    growths[num_trims + i].seq = seq
+                    growths[num_trims + i].tokens = left
+            else:
+                for i in range(n):
+                    growths[num_trims + i].seq = seqs[i]
+                    growths[num_trims + i].tokens = tokens[i]
             for i, (space, prompt, room, reserve) in enumerate(admissions):
                 view = View()
                 take(view, prompt, 4, True, 1, False, "tokens")

@@ -7,7 +7,6 @@ where they are contiguous; a list of 2048 ints costs more to convert than its wh
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,6 +24,8 @@ POLICIES = {"lru": 0, "slru": 1, "score": 2}
 KINDS = {1: "stored", 2: "removed", 3: "cleared"}
 REASONS = ("capacity", "demoted", "cleared", "planned")
 
+INT32 = np.dtype(np.int32)
+DRY, PREFIX, PROMISES = _kv.DRY, _kv.PREFIX, _kv.PROMISES
 NO_SEQS = np.empty(0, np.uint64)
 NO_COUNTS = np.empty(0, np.uint32)
 
@@ -66,8 +67,7 @@ class Admission(NamedTuple):
     """Tokens promised."""
 
 
-@dataclass(frozen=True, slots=True)
-class StepOutcome:
+class StepOutcome(NamedTuple):
     """What a step did, or would do."""
 
     fitted: bool
@@ -419,23 +419,17 @@ class BlockPool:
         -----
         One native call, O(rows + blocks that change).
         """
-        seqs, counts = NO_SEQS, NO_COUNTS
-        if len(grows):
-            pairs = np.array(grows, np.uint64)
-            seqs = np.ascontiguousarray(pairs[:, 0])
-            counts = pairs[:, 1].astype(np.uint32)
         given = []
         for a in admissions:
             tokens = _int32(a.tokens)
             given.append((a.space, tokens, len(tokens) if a.room is None else a.room, a.reserve))
-        flags = _kv.DRY * dry | _kv.PREFIX * prefix | _kv.PROMISES * promises
         fitted, result, admitted = self.native.step(
-            np.asarray(frees, np.uint64) if len(frees) else NO_SEQS,
+            np.asarray(frees, np.uint64) if len(frees) else None,
             trims,
-            seqs,
-            counts,
+            grows,
+            None,
             given,
-            flags,
+            DRY * dry | PREFIX * prefix | PROMISES * promises,
             tables,
         )
         return StepOutcome(
@@ -445,7 +439,7 @@ class BlockPool:
             admitted,
             result["left"],
             result["need"],
-            [Copy(*copy) for copy in result["copies"]],
+            [Copy(*copy) for copy in result["copies"]] if result["copies"] else [],
             result["evictions"],
         )
 
@@ -604,7 +598,7 @@ class Batch:
 
 def _int32(tokens: npt.ArrayLike) -> Any:
     if isinstance(tokens, np.ndarray):
-        if tokens.dtype == np.int32 and tokens.flags.c_contiguous:
+        if tokens.dtype is INT32 and tokens.flags.c_contiguous:
             return tokens
         if tokens.dtype.kind not in "iu":
             raise InvalidArgumentError(f"tokens are {tokens.dtype}; they must be integers")
