@@ -5,6 +5,7 @@ Each row returns seconds, of calls or of blocks as its name says. State is kept 
 
 import random
 import time
+from itertools import count as counter
 
 import numpy as np
 
@@ -205,8 +206,8 @@ def mixed(steps):
         generator = np.random.default_rng(7)
         shared = [tokens(generator, 1024) for _ in range(16)]
         pool = BlockPool(40_000, max_blocks=256)
-        STATE["mixed"] = pool, shared, generator, random.Random(4), {}
-    pool, shared, generator, rng, live = STATE["mixed"]
+        STATE["mixed"] = pool, shared, generator, random.Random(4), {}, {}, counter(1)
+    pool, shared, generator, rng, live, due, clock = STATE["mixed"]
     tables, ids = [np.empty((256, 256), np.int32)], np.full(256, 7, np.int32)
     slots, lengths = [np.empty(256, np.int32)], np.empty(256, np.int32)
     seconds, done, batch = [], [], None
@@ -216,6 +217,7 @@ def mixed(steps):
             for _ in range(min(8, 256 + len(done) - len(live)))
         ]
         ends = [rng.randrange(32, 512) for _ in fresh]
+        step = next(clock)
         begin = now()
         if fresh or done or batch is None:
             outcome = pool.step(frees=done, admissions=[Admission(prompt) for prompt in fresh])
@@ -223,15 +225,14 @@ def mixed(steps):
                 del live[seq]
             for (seq, _), prompt, end in zip(outcome.admitted, fresh, ends, strict=True):
                 pool.commit(seq, len(prompt), ids=prompt)
-                live[seq] = end
+                live[seq] = None
+                due.setdefault(step + end, []).append(seq)
             n = len(live)
             batch = pool.batch(
                 list(live), tables=[tables[0][:n]], slots=[slots[0][:n]], lengths=lengths[:n]
             )
         batch.advance(ids[: len(live)])
-        for seq in live:
-            live[seq] -= 1
-        done = [seq for seq, left in live.items() if left == 0]
+        done = due.pop(step, [])
         seconds.append(now() - begin)
     if done:
         pool.free(*done)
