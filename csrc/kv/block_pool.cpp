@@ -292,6 +292,17 @@ void BlockPool::check_trim(uint32_t slot, uint32_t tokens) const {
     fail(PYRT_EINVAL, "tokens is %u; the sequence holds %u", tokens, hot_[slot].held);
   }
   if ((hot_[slot].flags & kParked) != 0) fail(PYRT_ESTATE, "the sequence is swapped out");
+  for (uint32_t g = 0; g < num_groups_; ++g) {
+    const Group& group = groups_[g];
+    const uint32_t size = options_.block_size;
+    // What the next token attends to, and where it is written, must not have been given up.
+    const uint32_t window = group.options.window;
+    const uint32_t seen = window != 0 && tokens >= window ? tokens - window + 1 : 0;
+    const bool gone = window != 0 && tokens > seen && group.rooms[slot].released * size > seen;
+    if (gone || (tokens % size != 0 && row_of(group, slot)[tokens / size] < 0)) {
+      fail(PYRT_EINVAL, "a window or a mask has given up what is needed behind %u tokens", tokens);
+    }
+  }
 }
 
 SeqHandle BlockPool::fork(SeqHandle parent, bool published_only) {

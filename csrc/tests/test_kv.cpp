@@ -7,16 +7,6 @@ using namespace pyruntime;
 using namespace pyruntime::kv;
 using namespace pyruntime::kv::test;
 
-template <class Body>
-void expect_status(pyrt_status status, Body body) {
-  try {
-    body();
-    ADD_FAILURE() << "nothing was thrown";
-  } catch (const Error& error) {
-    EXPECT_EQ(error.status(), status) << error.what();
-  }
-}
-
 std::vector<int32_t> row(const BlockPool& pool, SeqHandle seq, uint32_t group = 0) {
   return {pool.row(group, seq), pool.row(group, seq) + pool.blocks(seq)};
 }
@@ -462,23 +452,6 @@ TEST(Kv, AParkedSequenceComesBackWithItsHoles) {
   pool.check();
   free_one(pool, a);
   EXPECT_EQ(pool.available(0), 8u);
-}
-
-TEST(KvSequences, AnAdmissionMayBeRepeatedWhileNothingIsHeld) {
-  BlockPool pool(options(16));
-  SeqHandle first;
-  serve(pool, first, prompt({1, 2}));
-  const SeqHandle seq = pool.open(0);
-  const Tokens unknown = prompt({7}), known = prompt({1, 2, 3});
-  EXPECT_EQ(pool.admit(seq, unknown.data(), 4, 24), 0u);
-  EXPECT_EQ(pool.promised(), 6u);
-  EXPECT_EQ(pool.admit(seq, known.data(), 12, 24), 8u);
-  EXPECT_EQ(pool.promised(), 4u);
-  pool.check();
-  const SeqHandle parked = pool.open(0);
-  pool.park(parked);
-  EXPECT_THROW(pool.admit(parked, known.data(), 12, 0), Error);
-  pool.check();
 }
 
 }  // namespace

@@ -271,7 +271,8 @@ class BlockPool:
         Raises
         ------
         pyruntime.errors.InvalidArgumentError
-            It holds fewer.
+            It holds fewer, or a window or mask has given up what the next token needs; never for
+            tokens that were not committed.
         """
         self.native.trim(seq, tokens)
 

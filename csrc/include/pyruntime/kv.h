@@ -68,7 +68,8 @@ PYRT_API pyrt_status pyrt_kv_seq_fork(pyrt_kv* pool, uint64_t parent, int32_t pu
                                       uint64_t* child) PYRT_NOEXCEPT;
 /* Ends sequences, all or none; published blocks stay cached. */
 PYRT_API pyrt_status pyrt_kv_seq_free(pyrt_kv* pool, const uint64_t* seqs, size_t n) PYRT_NOEXCEPT;
-/* Leaves the first `tokens` tokens: rejected drafts. PYRT_EINVAL beyond what it holds. */
+/* Leaves the first `tokens` tokens: rejected drafts. PYRT_EINVAL beyond what it holds, and where a
+ * window or a mask has given up what the next token needs: never for tokens that are not valid. */
 PYRT_API pyrt_status pyrt_kv_seq_trim(pyrt_kv* pool, uint64_t seq, uint32_t tokens) PYRT_NOEXCEPT;
 /* The first `tokens` are valid in `layers` layers. In all of them: full blocks whose tokens are
  * known are published, and windows release what they left behind. ids[n] (may be NULL) begins with

@@ -31,6 +31,16 @@ inline Options options(uint32_t blocks, uint32_t size = 4, uint32_t window = 0) 
   return o;
 }
 
+template <class Body>
+void expect_status(pyrt_status status, Body body) {
+  try {
+    body();
+    ADD_FAILURE() << "nothing was thrown";
+  } catch (const Error& error) {
+    EXPECT_EQ(error.status(), status) << error.what();
+  }
+}
+
 inline uint32_t below(std::mt19937_64& random, uint64_t n) {
   return static_cast<uint32_t>(random() % n);
 }
@@ -139,9 +149,10 @@ class Program {
         continue;
       }
       uint32_t from = held;
-      if (what == 1 && held > 0) {
-        from = below(random_, held + 1);
+      if (what == 1 && held > 0 && may_trim(each.seq, from = below(random_, held + 1))) {
         trims.push_back({each.seq, from});
+      } else {
+        from = held;
       }
       if (what < 6) {
         grows.push_back({each.seq, from + below(random_, 2 * pool.options().block_size)});
@@ -211,6 +222,17 @@ class Program {
     for (size_t i = freed.size(); i-- > 0;) {
       live.erase(live.begin() + static_cast<ptrdiff_t>(freed[i]));
     }
+  }
+
+  // Not where a window or a mask has given up what the next token needs.
+  bool may_trim(SeqHandle seq, uint32_t tokens) {
+    bool windows = false, hole = false;
+    for (uint32_t g = 0; g < pool.num_groups(); ++g) {
+      windows |= pool.options().groups[g].window != 0;
+      const uint32_t at = tokens / pool.options().block_size;
+      hole |= at < pool.blocks(seq) && pool.row(g, seq)[at] < 0;
+    }
+    return !hole && (!windows || tokens == 0 || tokens >= pool.valid(seq));
   }
 
   void commit_one(Live& each) {
