@@ -305,7 +305,7 @@ pyrt_status pyrt_kv_step(pyrt_kv* pool, const pyrt_kv_ops* given, pyrt_kv_result
     ops.prefix = (o.flags & PYRT_KV_PREFIX) != 0;
     ops.keep_promises = (o.flags & PYRT_KV_PROMISES) != 0;
     const bool dry = (o.flags & PYRT_KV_DRY) != 0;
-    fitted = pool->step(ops, pool->result, dry);
+    fitted = pool->pins.step(ops, pool->result, dry);
     write(pool->result, result);
     if (dry || (!fitted && !ops.prefix)) return;
     for (uint32_t i = 0; i < pool->result.num_admitted; ++i) {
@@ -380,7 +380,7 @@ pyrt_status pyrt_kv_batch_advance(pyrt_kv_batch* batch, const int32_t* tokens, s
     if (result != nullptr) check_result(result);
     if (n != batch->rows()) fail(PYRT_EINVAL, "n is %zu; the batch has %u rows", n, batch->rows());
     const auto given = array(tokens, n, "tokens");
-    fitted = batch->advance(given.data(), batch->pool.result);
+    fitted = batch->pool.pins.advance(*batch, given.data(), batch->pool.result);
     write(batch->pool.result, result);
   });
   return status == PYRT_OK && !fitted ? full(batch->pool.result) : status;
@@ -462,6 +462,13 @@ pyrt_status pyrt_kv_get_statistics(const pyrt_kv* pool, pyrt_kv_statistics* out)
     capi::require(out, "statistics");
     pyrt_kv_statistics full{};
     pool->fill(full);
+    full.pins = pool->pins.size();
+    full.pinned_blocks = pool->pins.blocks();
+    full.pins_made = pool->pins.stats.made.read();
+    full.pins_expired = pool->pins.stats.expired.read();
+    full.pins_ended = pool->pins.stats.ended.read();
+    full.pins_pressed = pool->pins.stats.pressed.read();
+    full.pins_refused = pool->pins.stats.refused.read();
     full.struct_size = out->struct_size;
     std::memcpy(out, &full, std::min<size_t>(out->struct_size, sizeof full));
   });
@@ -482,6 +489,7 @@ pyrt_status pyrt_kv_check(const pyrt_kv* pool) noexcept {
   return capi::guard([&] {
     capi::require(pool, "pool");
     pool->check();
+    pool->pins.check();
   });
 }
 
@@ -489,7 +497,7 @@ pyrt_status pyrt_kv_state_hash(const pyrt_kv* pool, uint64_t* hash) noexcept {
   return capi::guard([&] {
     capi::require(pool, "pool");
     capi::require(hash, "hash");
-    *hash = pool->state_hash();
+    *hash = pool->state_hash() ^ pool->pins.hash();
   });
 }
 

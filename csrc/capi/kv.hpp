@@ -2,10 +2,13 @@
 #pragma once
 
 #include "kv/block_pool.hpp"
+#include "kv/retention.hpp"
 #include "pyruntime/kv.h"
 
 struct pyrt_kv : pyruntime::kv::BlockPool {
   using BlockPool::BlockPool;
+  pyruntime::kv::Pins pins{*this};
+  pyruntime::kv::ToolTimes tools;
   // What the last call gave out pointers into.
   pyruntime::kv::StepResult result;
   std::vector<pyruntime::kv::Move> moves;

@@ -107,7 +107,7 @@ void Batch::write_row(uint32_t row) {
   }
 }
 
-bool Batch::advance(const int32_t* tokens, StepResult& result) {
+bool Batch::advance(const int32_t* tokens, StepResult& result, bool attempt) {
   using Hot = BlockPool::Hot;
   const auto begin = std::chrono::steady_clock::now();
   const uint32_t size = pool_.options_.block_size;
@@ -172,7 +172,7 @@ bool Batch::advance(const int32_t* tokens, StepResult& result) {
     enough &= result.left[g] >= 0;
   }
   if (!enough) {
-    pool_.stats_.failed_steps.add(1);
+    if (!attempt) pool_.stats_.failed_steps.add(1);
     return false;
   }
   result.copies.reserve(size_t{num_touched} * groups);

@@ -34,7 +34,8 @@ class Batch {
   // Appends tokens[i] to row i. False: not enough blocks, `result.left` says by how much, and
   // nothing has changed. Throws PYRT_ESTATE when a row's sequence has ended or was swapped out, and
   // PYRT_EINVAL when a table row is full; nothing has changed then either.
-  bool advance(const int32_t* tokens, StepResult& result);
+  // `attempt`: a refusal is not counted, another try follows.
+  bool advance(const int32_t* tokens, StepResult& result, bool attempt = false);
 
  private:
   void look();

@@ -326,6 +326,8 @@ SeqHandle BlockPool::fork(SeqHandle parent, bool published_only) {
     for (uint32_t at = 0; at < blocks; ++at) {
       if (row[at] < 0) continue;
       const NodeId id = node_row_of(slot)[at];
+      // A pin takes the block that is found, not a second copy of it.
+      if (published_only) row[at] = static_cast<int32_t>(group.nodes[id].block);
       const auto block = static_cast<BlockId>(row[at]);
       if (id != kNoNode) hold(group, id);
       if (id == kNoNode || group.nodes[id].block != block) share(group, block);
@@ -342,6 +344,7 @@ SeqHandle BlockPool::fork(SeqHandle parent, bool published_only) {
   hot.fill = static_cast<uint16_t>(
       std::min<uint32_t>(hot_[from].fill, tokens > begin ? tokens - begin : 0));
   std::copy_n(&tails_[size_t{from} * size], hot.fill, &tails_[size_t{slot} * size]);
+  if (published_only) return handle_of(slot);
   // Either of them may write next what both hold.
   hot.flags |= kShares;
   hot_[from].flags |= kShares;

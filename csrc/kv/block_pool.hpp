@@ -145,6 +145,7 @@ struct StepOps {
   std::span<Admission> admissions;  // behind all of them
   bool prefix = false;              // grow and admit as many as fit, in order; else all or nothing
   bool keep_promises = false;       // admissions leave room for what others were promised
+  bool attempt = false;             // a refusal is not counted: another try follows
 };
 
 struct StepResult {

@@ -243,7 +243,7 @@ bool BlockPool::step(const StepOps& ops, StepResult& result, bool dry) {
     return all;
   }
   if (!all && !ops.prefix) {
-    stats_.failed_steps.add(1);
+    if (!ops.attempt) stats_.failed_steps.add(1);
     return false;
   }
   result.copies.reserve(size_t{fits_grows} * num_groups_);

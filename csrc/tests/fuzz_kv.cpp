@@ -60,7 +60,9 @@ class Fuzzer {
     o.event_capacity = in.below(30);
     o.sharing = in.below(6) != 0;
     o.seed = 1;
+    const double cap = in_.below(4) / 3.0;
     must(pyrt_kv_create(&o, &pool_) == PYRT_OK, "create");
+    must(pyrt_kv_pin_cap(pool_, cap) == PYRT_OK, "cap");
     groups_ = o.num_groups;
     layers_ = o.num_layers;
   }
@@ -125,7 +127,7 @@ class Fuzzer {
 
   pyrt_status one() {
     partial_ = false;
-    switch (in_.below(14)) {
+    switch (in_.below(16)) {
       case 0: {
         uint64_t seq;
         const pyrt_status status = pyrt_kv_seq_open(pool_, in_.below(3), &seq);
@@ -193,6 +195,12 @@ class Fuzzer {
         return pyrt_kv_seq_plan(pool_, pick(), in_.below(64), in_.below(4));
       case 12:
         return batch();
+      case 13:
+        return retention();
+      case 14: {
+        now_ += static_cast<int64_t>(in_.take(2)) << in_.below(24);
+        return pyrt_kv_tick(pool_, now_, nullptr);
+      }
       default: {
         pyrt_kv_event events[8];
         size_t n;
@@ -245,6 +253,30 @@ class Fuzzer {
     return status;
   }
 
+  pyrt_status retention() {
+    const uint64_t any = in_.below(8) == 0 ? in_.take(8) : 0;
+    switch (in_.below(5)) {
+      case 0: {
+        double seconds;
+        pyrt_kv_ttl ttl{sizeof ttl, in_.below(3), 1.0, in_.below(2) - 0.5, 2.0, 1.0};
+        return pyrt_kv_ttl_suggest(pool_, "tool", in_.below(5), &ttl, &seconds);
+      }
+      case 1:
+        return in_.below(2) != 0 ? pyrt_kv_ttl_observe(pool_, "tool", in_.below(5), in_.below(9))
+                                 : pyrt_kv_ttl_ended(pool_, in_.below(9));
+      case 2:
+        if (pins_.empty() || any != 0) return pyrt_kv_unpin(pool_, any);
+        return pyrt_kv_unpin(pool_, pins_[in_.below(255) % pins_.size()]);
+      default: {
+        const int64_t deadline = now_ + (static_cast<int64_t>(in_.take(2)) << in_.below(24));
+        const pyrt_status status =
+            pyrt_kv_pin(pool_, pick(), deadline, in_.below(9), &pins_.emplace_back());
+        if (status != PYRT_OK) pins_.pop_back();
+        return status;
+      }
+    }
+  }
+
   pyrt_status batch() {
     std::vector<uint64_t> seqs;
     for (uint32_t n = in_.below(4); n > 0; --n) seqs.push_back(pick());
@@ -270,6 +302,8 @@ class Fuzzer {
   pyrt_kv* pool_ = nullptr;
   uint32_t groups_ = 1, layers_ = 1;
   std::vector<Live> live_;
+  std::vector<uint64_t> pins_;
+  int64_t now_ = 0;
   bool partial_ = false;
 };
 

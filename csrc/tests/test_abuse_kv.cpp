@@ -1,4 +1,5 @@
 // Bad input at every function of kv.h.
+#include <cmath>
 #include <cstring>
 #include <memory>
 
@@ -26,6 +27,7 @@ struct Fixture {
   pyrt_kv_growth growth{};
   pyrt_kv_admission admission{};
   uint32_t block = 0;
+  double seconds = 0;
 
   Fixture() {
     pyrt_kv_options o;
@@ -338,6 +340,43 @@ std::vector<Row> rows(Fixture& f) {
        PYRT_ESTATE},
       {"pyrt_kv_unpin_blocks", "not pinned",
        [&] { return pyrt_kv_unpin_blocks(f.pool, 0, &f.block, 1); }, PYRT_ESTATE},
+      {"pyrt_kv_pin", "null", [&] { return pyrt_kv_pin(f.pool, f.seq, 0, 0, nullptr); }},
+      {"pyrt_kv_pin", "none", [&] { return pyrt_kv_pin(f.pool, 12345, 0, 0, &f.u64); },
+       PYRT_ESTATE},
+      {"pyrt_kv_unpin", "zero", [&] { return pyrt_kv_unpin(f.pool, 0); }, PYRT_ESTATE},
+      {"pyrt_kv_unpin", "none", [&] { return pyrt_kv_unpin(f.pool, ~0ull); }, PYRT_ESTATE},
+      {"pyrt_kv_tick", "null", [] { return pyrt_kv_tick(nullptr, 0, nullptr); }},
+      {"pyrt_kv_tick", "the end of time",
+       [&] {
+         pyrt_kv_tick(f.pool, INT64_MIN, nullptr);
+         return pyrt_kv_tick(f.pool, INT64_MAX, nullptr);
+       },
+       PYRT_OK},
+      {"pyrt_kv_pin_cap", "above 1", [&] { return pyrt_kv_pin_cap(f.pool, 1.5); }},
+      {"pyrt_kv_pin_cap", "NaN", [&] { return pyrt_kv_pin_cap(f.pool, NAN); }},
+      {"pyrt_kv_ttl_observe", "negative", [&] { return pyrt_kv_ttl_observe(f.pool, "t", 1, -1); }},
+      {"pyrt_kv_ttl_observe", "null", [&] { return pyrt_kv_ttl_observe(f.pool, nullptr, 1, 1); }},
+      {"pyrt_kv_ttl_observe", "huge",
+       [&] { return pyrt_kv_ttl_observe(f.pool, "t", kHugeSize, 1); }},
+      {"pyrt_kv_ttl_ended", "0", [&] { return pyrt_kv_ttl_ended(f.pool, 0); }},
+      {"pyrt_kv_ttl_ended", "huge", [&] { return pyrt_kv_ttl_ended(f.pool, ~0u); }},
+      {"pyrt_kv_ttl_suggest", "null",
+       [&] { return pyrt_kv_ttl_suggest(f.pool, "t", 1, nullptr, &f.seconds); }},
+      {"pyrt_kv_ttl_suggest", "no size",
+       [&] {
+         const pyrt_kv_ttl ttl{};
+         return pyrt_kv_ttl_suggest(f.pool, "t", 1, &ttl, &f.seconds);
+       }},
+      {"pyrt_kv_ttl_suggest", "unknown rule",
+       [&] {
+         const pyrt_kv_ttl ttl{sizeof ttl, 2, 0, 0, 0, 1};
+         return pyrt_kv_ttl_suggest(f.pool, "t", 1, &ttl, &f.seconds);
+       }},
+      {"pyrt_kv_ttl_suggest", "infinite wait",
+       [&] {
+         const pyrt_kv_ttl ttl{sizeof ttl, 0, INFINITY, 0, 0, 1};
+         return pyrt_kv_ttl_suggest(f.pool, "t", 1, &ttl, &f.seconds);
+       }},
       {"pyrt_kv_events", "null",
        [&] { return pyrt_kv_events(f.pool, 0, nullptr, 1, &f.size, &f.u64, &f.u64); }},
       {"pyrt_kv_events", "null next",

@@ -77,6 +77,10 @@ cdef extern from "pyruntime/kv.h" nogil:
         uint64_t score_calls, score_faults, step_ns
         uint64_t step_us[20]
         uint64_t bytes
+        uint64_t pins, pinned_blocks, pins_made, pins_expired, pins_ended, pins_pressed, pins_refused
+    ctypedef struct pyrt_kv_ttl:
+        uint32_t struct_size, rule
+        double wait_s, eta, reload_s, unknown_mean_s
     ctypedef void (*pyrt_kv_score)(const void*, int64_t, double*, void*)
     void pyrt_kv_options_init(pyrt_kv_options*)
     pyrt_status pyrt_kv_create(const pyrt_kv_options*, pyrt_kv**)
@@ -105,6 +109,15 @@ cdef extern from "pyruntime/kv.h" nogil:
     pyrt_status pyrt_kv_batch_advance(pyrt_kv_batch*, const int32_t*, size_t, pyrt_kv_result*)
     pyrt_status pyrt_kv_set_policy(pyrt_kv*, uint32_t, pyrt_kv_score, void*)
     pyrt_status pyrt_kv_clear(pyrt_kv*)
+    pyrt_status pyrt_kv_pin(pyrt_kv*, uint64_t, int64_t, uint64_t, uint64_t*)
+    pyrt_status pyrt_kv_unpin(pyrt_kv*, uint64_t)
+    pyrt_status pyrt_kv_tick(pyrt_kv*, int64_t, uint32_t*)
+    pyrt_status pyrt_kv_pin_cap(pyrt_kv*, double)
+    pyrt_status pyrt_kv_ttl_observe(pyrt_kv*, const void*, size_t, double)
+    pyrt_status pyrt_kv_ttl_ended(pyrt_kv*, uint32_t)
+    pyrt_status pyrt_kv_ttl_suggest(
+        const pyrt_kv*, const void*, size_t, const pyrt_kv_ttl*, double*
+    )
     pyrt_status pyrt_kv_pin_blocks(pyrt_kv*, uint32_t, const uint32_t*, size_t)
     pyrt_status pyrt_kv_unpin_blocks(pyrt_kv*, uint32_t, const uint32_t*, size_t)
     pyrt_status pyrt_kv_events(
@@ -489,6 +502,66 @@ cdef class Pool:
         """Forget cached content."""
         pyrt_kv_clear(self.pool)
 
+    def pin(self, uint64_t seq, int64_t deadline_ns, uint64_t arrival):
+        """Keep what a sequence has published; 0 when the cap does not allow it."""
+        cdef uint64_t made
+        cdef pyrt_status status = pyrt_kv_pin(self.pool, seq, deadline_ns, arrival, &made)
+        if status != PYRT_OK:
+            fail(status)
+        return made
+
+    def unpin(self, uint64_t pin):
+        """End a pin."""
+        cdef pyrt_status status = pyrt_kv_unpin(self.pool, pin)
+        if status != PYRT_OK:
+            fail(status)
+
+    def tick(self, int64_t now_ns):
+        """End the pins whose deadline has come; return how many."""
+        cdef uint32_t expired = 0
+        pyrt_kv_tick(self.pool, now_ns, &expired)
+        return expired
+
+    def pin_cap(self, double share):
+        """Set the share of all blocks that pins may hold."""
+        cdef pyrt_status status = pyrt_kv_pin_cap(self.pool, share)
+        if status != PYRT_OK:
+            fail(status)
+
+    def ttl_observe(self, bytes tool not None, double seconds):
+        """Note how long a call of a tool took."""
+        cdef pyrt_status status = pyrt_kv_ttl_observe(
+            self.pool, <const char*>tool, len(tool), seconds
+        )
+        if status != PYRT_OK:
+            fail(status)
+
+    def ttl_ended(self, uint32_t turns):
+        """Note how many turns a program had."""
+        cdef pyrt_status status = pyrt_kv_ttl_ended(self.pool, turns)
+        if status != PYRT_OK:
+            fail(status)
+
+    def ttl_suggest(
+        self, bytes tool not None, uint32_t rule, double wait, double eta, double reload,
+        double unknown_mean,
+    ):
+        """Seconds that pinning for a call of the tool pays."""
+        cdef pyrt_kv_ttl given
+        cdef double seconds
+        given.struct_size = sizeof(given)
+        given.rule = rule
+        given.wait_s = wait
+        given.eta = eta
+        given.reload_s = reload
+        given.unknown_mean_s = unknown_mean
+        cdef pyrt_status status = pyrt_kv_ttl_suggest(
+            self.pool, <const char*>tool, len(tool), &given, &seconds
+        )
+        if status != PYRT_OK:
+            fail(status)
+        return seconds
+
     def pin_blocks(self, uint32_t group, blocks):
         """Hold blocks still."""
         cdef View view = View()
@@ -574,6 +647,9 @@ cdef class Pool:
             "rooms_halved": s.rooms_halved, "score_calls": s.score_calls,
             "score_faults": s.score_faults, "step_ns": s.step_ns,
             "step_us": [s.step_us[i] for i in range(20)], "bytes": s.bytes,
+            "pins": s.pins, "pinned_blocks": s.pinned_blocks, "pins_made": s.pins_made,
+            "pins_expired": s.pins_expired, "pins_ended": s.pins_ended,
+            "pins_pressed": s.pins_pressed, "pins_refused": s.pins_refused,
         }
 
     def available(self, uint32_t group):

@@ -44,6 +44,7 @@ from pyruntime.kv.events import EventLog, block_keys
 from pyruntime.kv.export import export_keys
 from pyruntime.kv.prefix import ReferencePrefixPool
 from pyruntime.kv.reference import ReferenceBlockPool
+from pyruntime.kv.retention import Retention
 from pyruntime.kv.serving import ServingPool
 from pyruntime.kv.tables import EnginePool, GroupTable, KvGroup, KvStorage, StepTables
 
@@ -59,6 +60,7 @@ __all__ = [
     "Match",
     "ReferenceBlockPool",
     "ReferencePrefixPool",
+    "Retention",
     "ServingPool",
     "StepOutcome",
     "StepTables",

@@ -237,6 +237,41 @@ PYRT_API pyrt_status pyrt_kv_set_policy(pyrt_kv* pool, uint32_t policy, pyrt_kv_
 /* Forgets all content that no sequence holds. */
 PYRT_API pyrt_status pyrt_kv_clear(pyrt_kv* pool) PYRT_NOEXCEPT;
 
+/* Retention while programs call tools (Continuum, arXiv 2511.02230). A pin keeps what a sequence
+ * has published from eviction until its deadline, whatever becomes of the sequence; it takes the
+ * place of one. `arrival` orders programs: a step that does not fit ends the pins of the latest, as
+ * few as make it fit; if none would, it is refused and all stay. (A batch that is refused may have
+ * ended some.) The clock is the caller's, in ns from anywhere, and only goes forward. *pin is 0
+ * when the cap does not allow it. PYRT_EFULL: max_seqs. */
+PYRT_API pyrt_status pyrt_kv_pin(pyrt_kv* pool, uint64_t seq, int64_t deadline_ns, uint64_t arrival,
+                                 uint64_t* pin) PYRT_NOEXCEPT;
+/* Ends a pin: the program is back. PYRT_ESTATE when it is over already: expired, or pressed out. */
+PYRT_API pyrt_status pyrt_kv_unpin(pyrt_kv* pool, uint64_t pin) PYRT_NOEXCEPT;
+/* Ends the pins whose deadline has come; *expired (may be NULL) says how many. */
+PYRT_API pyrt_status pyrt_kv_tick(pyrt_kv* pool, int64_t now_ns, uint32_t* expired) PYRT_NOEXCEPT;
+/* All pins together hold at most this share of all blocks, counted with repetitions; 0.6. */
+PYRT_API pyrt_status pyrt_kv_pin_cap(pyrt_kv* pool, double share) PYRT_NOEXCEPT;
+
+/* A call of the tool took so long. `tool` is any bytes; after 4096 tools new ones count among all
+ * only. */
+PYRT_API pyrt_status pyrt_kv_ttl_observe(pyrt_kv* pool, const void* tool, size_t bytes,
+                                         double seconds) PYRT_NOEXCEPT;
+/* A program ended after `turns` turns, 1..10^6: what eta is measured by. */
+PYRT_API pyrt_status pyrt_kv_ttl_ended(pyrt_kv* pool, uint32_t turns) PYRT_NOEXCEPT;
+
+enum { PYRT_KV_TTL_FORMULA = 0, PYRT_KV_TTL_FIXED = 1 };
+typedef struct pyrt_kv_ttl {
+  uint32_t struct_size;
+  uint32_t rule;         /* the formula, or 2 s where the tool's mean is at most 2 s, else 0 */
+  double wait_s;         /* mean wait for being admitted again */
+  double eta;            /* how well turns done foretell those left, 0..1; negative: as measured */
+  double reload_s;       /* to compute or load the content anew */
+  double unknown_mean_s; /* of tools nobody knows yet, if exponential; above 0 */
+} pyrt_kv_ttl;
+/* How long pinning for a call of the tool pays: argmax of P(tau) (wait eta + reload) - tau. */
+PYRT_API pyrt_status pyrt_kv_ttl_suggest(const pyrt_kv* pool, const void* tool, size_t bytes,
+                                         const pyrt_kv_ttl* given, double* seconds) PYRT_NOEXCEPT;
+
 /* Copies in flight: while pinned a block is neither evicted nor reused, whoever frees it. */
 PYRT_API pyrt_status pyrt_kv_pin_blocks(pyrt_kv* pool, uint32_t group, const uint32_t* blocks,
                                         size_t n) PYRT_NOEXCEPT;
@@ -294,6 +329,13 @@ typedef struct pyrt_kv_statistics {
   uint64_t step_ns;     /* in all steps */
   uint64_t step_us[20]; /* steps of less than 2^i us; the last: all others */
   uint64_t bytes;       /* address space reserved; pages appear as they are written */
+  uint64_t pins;        /* that are held now, and their blocks, with repetitions */
+  uint64_t pinned_blocks;
+  uint64_t pins_made; /* so far; ended by time, by their program, by pressure; refused by the cap */
+  uint64_t pins_expired;
+  uint64_t pins_ended;
+  uint64_t pins_pressed;
+  uint64_t pins_refused;
 } pyrt_kv_statistics;
 
 /* Counters and gauges; fields beyond the caller's struct_size are not written. */
