@@ -279,6 +279,51 @@ def test_plans_keep_content_for_their_uses():
     assert pool.available() == 4
 
 
+def test_plans_hold_content_until_its_uses_are_over():
+    """Beside a count of uses: what is planned from its beginning is always found."""
+    rng = random.Random(4)
+    pool = BlockPool(40, block_size=4, run_blocks=1, max_seqs=16, seed=1)
+    live, uses, planned, found = {}, {}, set(), 0
+
+    def end(seq):
+        pool.free(seq)
+        for content in live.pop(seq):
+            uses[content] = uses.get(content, 1) - 1
+            if not uses[content]:
+                del uses[content]
+
+    for _ in range(int(3000 * SCALE)):
+        kind = rng.random()
+        if kind < 0.5 and len(live) < 6:
+            tokens = prompt(*[rng.randint(0, 2) for _ in range(rng.randint(1, 6))])
+            outcome = pool.step(admissions=[Admission(tokens)])
+            if outcome.fitted:
+                [(seq, cached)] = outcome.admitted
+                pool.commit(seq, len(tokens), ids=tokens)
+                live[seq] = [tuple(tokens[:end].tolist()) for end in range(4, len(tokens) + 1, 4)]
+                found += cached
+        elif kind < 0.6 and len(uses) < 20 and set(live) - planned:
+            seq, count = rng.choice(sorted(set(live) - planned)), rng.randint(1, 3)
+            planned.add(seq)
+            blocks = rng.randint(1, len(live[seq]))
+            pool.plan(seq, 4 * blocks, count)
+            for content in live[seq][:blocks]:
+                uses[content] = uses.get(content, 0) + count + 1  # its own release counts
+        elif live:
+            end(rng.choice(sorted(live)))
+        pool.check()
+        for content in uses:
+            if all(content[:end] in uses for end in range(4, len(content), 4)):
+                assert pool.match(np.array((*content, 0), np.int32)).tokens == len(content)
+        holding = {content for chain in live.values() for content in chain}
+        assert pool.available() <= 40 - len(holding | set(uses))
+    assert found > 1000 and pool.stats()["evicted"]["capacity"] > 100
+    while live:
+        end(next(iter(live)))
+    pool.clear()
+    assert 0 < len(uses) == 40 - pool.available()
+
+
 def test_batches_write_tables_slots_and_lengths():
     pool = BlockPool(64, block_size=4)
     seqs = [serve(pool, prompt(i, i, cut=i))[0] for i in range(3)]
