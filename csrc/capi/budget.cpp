@@ -1,4 +1,4 @@
-#include "pool/budget.hpp"
+#include "capi/budget.hpp"
 
 #include <algorithm>
 #include <cstring>
@@ -7,12 +7,7 @@
 #include "pyruntime/pool.h"
 
 using namespace pyruntime;
-using pool::Budget;
 using pool::BudgetClient;
-
-struct pyrt_budget : Budget {
-  using Budget::Budget;
-};
 
 namespace {
 

@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "capi/error.hpp"
+#include "capi/moe_store.hpp"
 #include "moe/ffn.hpp"
 #include "moe/quantize.hpp"
 #include "moe/store.hpp"
@@ -18,11 +19,6 @@ namespace moe = pyruntime::moe;
 
 static_assert(PYRT_MOE_LEVELS == moe::kMaxLevels && int{PYRT_MOE_MATRICES} == int{moe::kMatrices} &&
               PYRT_MOE_SKIP == moe::kSkip);
-
-struct pyrt_moe_store {
-  explicit pyrt_moe_store(const char* path) : store(path) {}
-  moe::Store store;
-};
 
 struct pyrt_moe_writer {
   pyrt_moe_writer(const char* path, const moe::StoreInfo& info) : writer(path, info) {}
@@ -312,7 +308,7 @@ pyrt_status pyrt_moe_ffn(const pyrt_moe_layer* layer, const float* x, int64_t n,
     require_array(ids, "ids");
     require_array(weights, "weights");
     require_array(out, "out");
-    moe::ffn(experts, x, n, ids, weights, top_k, levels, level, out);
+    moe::ffn(experts, {x, n, ids, weights, top_k, levels, level}, out);
   });
 }
 

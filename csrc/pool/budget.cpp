@@ -81,6 +81,13 @@ bool Budget::take(BudgetClient& client, uint64_t bytes) noexcept {
   return true;
 }
 
+bool Budget::try_reserve(BudgetClient& client, uint64_t bytes) {
+  require_units(bytes);
+  require_this_process();
+  std::scoped_lock lock(mutex_);
+  return take(client, bytes);
+}
+
 void Budget::reserve(BudgetClient& client, uint64_t bytes) {
   require_units(bytes);
   require_this_process();

@@ -47,7 +47,8 @@ class Budget {
   // bytes are reserved unless `force`, which gives them back.
   void remove(BudgetClient* client, bool force);
 
-  void reserve(BudgetClient& client, uint64_t bytes);    // throws PYRT_EFULL, changing nothing
+  void reserve(BudgetClient& client, uint64_t bytes);      // throws PYRT_EFULL, changing nothing
+  bool try_reserve(BudgetClient& client, uint64_t bytes);  // asks nobody, counts no failure
   void give_back(BudgetClient& client, uint64_t bytes);  // throws PYRT_EINVAL beyond what it holds
 
   size_t num_clients() const;

@@ -284,10 +284,12 @@ TEST_F(MoeFfn, FollowsTheDequantizedWeightsAndEachTokenIsItsOwn) {
     levels[s] = random() % 8 == 0 ? kSkip : static_cast<uint8_t>(random() % 4);
   }
   std::vector<float> out(n * kD), alone(kD);
-  ffn(layer_, x.data(), n, ids.data(), weights.data(), k, levels.data(), 0, out.data());
+  ffn(layer_, {x.data(), n, ids.data(), weights.data(), k, levels.data(), 0}, out.data());
   for (int64_t i = 0; i < n; ++i) {
-    ffn(layer_, x.data() + i * kD, 1, ids.data() + i * k, weights.data() + i * k, k,
-        levels.data() + i * k, 0, alone.data());
+    ffn(layer_,
+        {x.data() + i * kD, 1, ids.data() + i * k, weights.data() + i * k, k, levels.data() + i * k,
+         0},
+        alone.data());
     ASSERT_TRUE(std::equal(alone.begin(), alone.end(), out.begin() + i * kD)) << i;
     std::vector<double> want(kD, 0.0);
     double magnitude = 0.0;
@@ -323,7 +325,7 @@ TEST_F(MoeFfn, RefusesWhatIsNotThere) {
   const float weight = 1.0f;
   const auto status = [&](int32_t id, int level) -> pyrt_status {
     try {
-      ffn(layer_, x.data(), 1, &id, &weight, 1, nullptr, level, out.data());
+      ffn(layer_, {x.data(), 1, &id, &weight, 1, nullptr, level}, out.data());
       return PYRT_OK;
     } catch (const Error& error) {
       return error.status();
