@@ -167,6 +167,48 @@ class MoeWriter:
     def commit(self) -> None: ...
     def close(self) -> None: ...
 
+class MoeCache:
+    def __init__(
+        self,
+        store: MoeStore,
+        budget: Budget | None,
+        limit_bytes: int,
+        priority: int,
+        scratch_bytes: int,
+        floor: int,
+        threads: int,
+        order: int,
+        direct: bool,
+        strict: bool,
+        worth_errors: bool,
+    ) -> None: ...
+    def close(self) -> None: ...
+    def ffn(
+        self,
+        layer: int,
+        hidden: int,
+        x: Any,
+        ids: Any,
+        weights: Any,
+        levels: Any,
+        level: int,
+        floors: Any,
+        out: Any,
+        status: Any,
+    ) -> None: ...
+    def prefetch(self, layer: int, experts: Any, level: int) -> None: ...
+    def missing(self, layer: int, experts: Any, level: int) -> int: ...
+    def shrink(self, bytes: int) -> int: ...
+    def drain(self) -> None: ...
+    def verify(self) -> None: ...
+    def statistics(self) -> dict[str, Any]: ...
+
+def moe_plan(
+    order: int, counts: Any, resident: Any, load_seconds: Any, compute_seconds: Any
+) -> tuple[list[list[int]], float]: ...
+def moe_makespan(
+    counts: Any, resident: Any, load_seconds: Any, compute_seconds: Any, planes: Any
+) -> float: ...
 def moe_quantize(
     weights: Any, bits: list[int], importance: Any, gain: list[float], search: int, planes: Any
 ) -> tuple[float, list[float], float]: ...

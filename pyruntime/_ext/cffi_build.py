@@ -20,10 +20,19 @@ def declarations(text: str) -> str:
     return text + "".join(f"\n#define {name} ..." for name in constants)
 
 
+def collect(header: Path, plain: list[Path]) -> None:
+    """Append the headers that `header` includes, each after those it includes itself."""
+    for name in re.findall(r'^#include "pyruntime/(\w+\.h)"$', header.read_text(), re.MULTILINE):
+        path = header.with_name(name)
+        if path not in plain and "_inline" not in name:
+            collect(path, plain)
+            plain.append(path)
+
+
 def main(directory: str, output: str) -> None:
     """Write the module's C source."""
-    headers = sorted(Path(directory).glob("*.h"), key=lambda path: (path.name != "abi.h", path))
-    plain = [path for path in headers if path.name != "pyruntime.h" and "_inline" not in path.name]
+    plain: list[Path] = []
+    collect(Path(directory) / "pyruntime.h", plain)
     builder = cffi.FFI()
     for path in plain:
         builder.cdef(declarations(path.read_text()))

@@ -38,6 +38,7 @@ PYBIND11_MODULE(_native, m) {
   pyruntime::bindings::bind_gpu(m);
   pyruntime::bindings::bind_kv_tiers(m);
   pyruntime::bindings::bind_moe(m);
+  pyruntime::bindings::bind_moe_cache(m);
   pyruntime::bindings::bind_ops(m);
   pyruntime::bindings::bind_pool(m);
 }

@@ -18,6 +18,7 @@ void bind_budget(py::module_& m);
 void bind_gpu(py::module_& m);
 void bind_kv_tiers(py::module_& m);
 void bind_moe(py::module_& m);
+void bind_moe_cache(py::module_& m);
 void bind_ops(py::module_& m);
 void bind_pool(py::module_& m);
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,11 +12,11 @@ from pyruntime import ops
 from pyruntime.engine.config import ModelConfig
 from pyruntime.engine.linear import apply
 from pyruntime.engine.loader import LayerWeights, Weights
-from pyruntime.engine.step import ExpertBackend, Floats, Rows, StepResult
+from pyruntime.engine.step import ExpertBackend, Floats, Ints, Rows, StepResult
 from pyruntime.engine.step import add_time as _add
 from pyruntime.kv import KvStorage
 
-__all__ = ["Layers"]
+__all__ = ["Layers", "predictor"]
 
 
 class Layers:
@@ -116,12 +116,13 @@ class Layers:
             return
         yield layer, "router"
         clock = time.perf_counter()
-        self.experts.hint(layer, normed)
         ids, shares = ops.router(ops.linear(normed, w.router), c.top_k, normalise=c.normalise)
         _add(result.seconds, "dense", clock)
         yield layer, "experts"
         clock = time.perf_counter()
         out = np.empty_like(normed)
+        if layer + 1 < c.num_layers and self.weights.layers[layer + 1].router is not None:
+            self.experts.hint(layer + 1, x)
         status = self.experts.ffn(layer, normed, ids, shares, out)
         if status.any():
             bad_tokens[chosen] |= status != 0
@@ -137,6 +138,23 @@ class Layers:
         result.expert_tokens[layer] += counts
         result.expert_bytes[layer] += np.count_nonzero(counts) * self.experts.expert_bytes(layer)
         _add(result.seconds, "dense", clock)
+
+
+def predictor(config: ModelConfig, weights: Weights) -> Callable[[int, Floats], Ints]:
+    """Return a guess of a layer's experts from hidden states one layer earlier.
+
+    The layer's own router is applied to them: the residual stream changes little from one layer to
+    the next (Eliseev and Mazur 2023, arXiv 2312.17238, section 3.2).
+    """
+
+    def predict(layer: int, x: Floats) -> Ints:
+        w = weights.layers[layer]
+        assert w.router is not None
+        logits = ops.linear(ops.rms_norm(x, w.ffn_norm, config.eps), w.router)
+        ids, _ = ops.router(logits, config.top_k, normalise=False)
+        return ids
+
+    return predict
 
 
 def _mlp(x: Floats, w: LayerWeights) -> Floats:

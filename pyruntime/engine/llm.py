@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
@@ -11,19 +12,25 @@ from typing import Any
 
 from pyruntime.engine.client import ThreadClient
 from pyruntime.engine.config import ModelConfig
-from pyruntime.engine.loader import Progress
+from pyruntime.engine.layers import predictor
+from pyruntime.engine.loader import Progress, Weights
 from pyruntime.engine.loop import EngineLoop
+from pyruntime.engine.memory import plan_memory
 from pyruntime.engine.messages import Delta, Submit, TokenLogprobs
 from pyruntime.engine.runner import Engine
 from pyruntime.engine.sampling import SamplingParams
+from pyruntime.engine.stored import STORE_NAME
 from pyruntime.engine.text import StopStrings, Tokenizer
 from pyruntime.errors import CapacityError, Error, InternalError, InvalidArgumentError
 from pyruntime.kv import ServingPool
+from pyruntime.moe import ExpertCache, ExpertStore, Fixed, parse_policy
 from pyruntime.sched import preset
 
 __all__ = ["BLOCK_SIZE", "LLM", "Completion", "make_loop"]
 
 BLOCK_SIZE = 16
+STEP_TOKENS = 512
+"""Prompt tokens of a step, where a policy has no limit of its own."""
 
 
 def make_loop(
@@ -35,6 +42,9 @@ def make_loop(
     max_queued: int = 1024,
     swap_bytes: int = 0,
     bits: int | None = None,
+    memory_budget: int | None = None,
+    bit_policy: str | None = None,
+    deterministic: bool = True,
     progress: Progress | None = None,
 ) -> EngineLoop:
     """Load a model and everything that serves it.
@@ -52,10 +62,29 @@ def make_loop(
         Memory for preempted requests' keys and values; only policy ``swap`` uses it.
     bits : int, optional
         Width of a quantized model's experts; its widest by default.
+    memory_budget : int, optional
+        Bytes for everything the model uses (`pyruntime.engine.memory`): experts are then loaded as
+        tokens need them, and the KV cache gets a quarter at most. Needs a quantized model.
+    bit_policy : str, optional
+        Widths of a quantized model's experts token by token (`pyruntime.moe.parse_policy`); instead
+        of `bits`.
+    deterministic : bool, default True
+        Text never depends on what is in memory (`pyruntime.moe.ExpertCache`).
     progress : callable, optional
         Called with (layers loaded, layers).
+
+    Raises
+    ------
+    pyruntime.errors.CapacityError
+        The budget is too small; the message has its parts.
+    pyruntime.errors.InvalidArgumentError
+        The options do not go together, or the model is not quantized.
     """
     config = ModelConfig.load(model)
+    if bits is not None and bit_policy is not None:
+        raise InvalidArgumentError("give bits or bit_policy, not both: fixed:4 is a policy")
+    if memory_budget is not None:
+        kv_bytes = min(kv_bytes, memory_budget // 4)
     block_bytes = config.num_layers * 2 * BLOCK_SIZE * config.kv_heads * config.head_dim * 4
     chosen = preset(policy)
     hidden_tokens = min(getattr(chosen.partition, "max_tokens", 0), max_running * config.max_len)
@@ -63,7 +92,41 @@ def make_loop(
     num_blocks = (kv_bytes - hidden_budget) // block_bytes  # pages appear as they are written
     if num_blocks < 1:
         raise InvalidArgumentError(f"kv_bytes is {kv_bytes}; one block takes {block_bytes} bytes")
-    engine = Engine.load(model, num_blocks, BLOCK_SIZE, progress, bits, hidden_budget=hidden_budget)
+    cached = memory_budget is not None or bit_policy is not None or not deterministic
+    if cached and not (Path(model) / STORE_NAME).exists():
+        raise InvalidArgumentError(
+            f"{model} is not quantized, so its experts are all in memory at one width; run "
+            "`pyruntime quantize` first"
+        )
+
+    def cache(store: ExpertStore, weights: Weights) -> ExpertCache:
+        memory, scratch = store.file_bytes, 64 << 20
+        if memory_budget is not None:
+            tokens = max(hidden_tokens, STEP_TOKENS) + max_running
+            plan = plan_memory(
+                memory_budget, config, weights.dense_bytes, kv_bytes, tokens, max_running
+            )
+            logging.getLogger(__name__).info("memory budget: %s", plan)
+            memory, scratch = plan.experts, plan.scratch
+        chosen_bits = parse_policy(bit_policy) if bit_policy else Fixed(bits)
+        return ExpertCache(
+            store,
+            memory,
+            policy=chosen_bits,
+            deterministic=deterministic,
+            predict=predictor(config, weights),
+            scratch_bytes=scratch,
+        )
+
+    engine = Engine.load(
+        model,
+        num_blocks,
+        BLOCK_SIZE,
+        progress,
+        bits,
+        cache if cached else None,
+        hidden_budget=hidden_budget,
+    )
     groups = engine.kv.groups
     pool = ServingPool(
         num_blocks,
@@ -93,7 +156,7 @@ class LLM:
     ----------
     model : path, optional
         A Hugging Face model directory; the model that ships with pyruntime by default.
-    policy, kv_bytes, max_running, bits, progress
+    policy, kv_bytes, max_running, bits, memory_budget, bit_policy, deterministic, progress
         See `make_loop`.
 
     Examples
@@ -112,6 +175,9 @@ class LLM:
         kv_bytes: int = 1 << 30,
         max_running: int = 64,
         bits: int | None = None,
+        memory_budget: int | None = None,
+        bit_policy: str | None = None,
+        deterministic: bool = True,
         progress: Progress | None = None,
     ) -> None:
         if model is None:
@@ -125,6 +191,9 @@ class LLM:
             kv_bytes=kv_bytes,
             max_running=max_running,
             bits=bits,
+            memory_budget=memory_budget,
+            bit_policy=bit_policy,
+            deterministic=deterministic,
             progress=progress,
         )
         self._ids = itertools.count()

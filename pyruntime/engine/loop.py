@@ -336,6 +336,7 @@ class EngineLoop:
             "policy_faults": dict(self.scheduler.faults),
             "failing": self.scheduler.failing,
             "experts": self.expert_tokens.tolist(),
+            "expert_memory": _flat(self.engine.experts.stats()),
             "queue": [
                 {
                     "id": each.submit.id,
@@ -364,3 +365,14 @@ def _logprobs(sampled: ops.SampleResult, row: int, wanted: int) -> TokenLogprobs
         float(sampled.logprobs[row]),
         [pair for pair in top if pair[0] >= 0],
     )
+
+
+def _flat(stats: dict[str, Any]) -> dict[str, float]:
+    """Numbers only; a list becomes one number for each of its places."""
+    flat: dict[str, float] = {}
+    for name, value in stats.items():
+        if isinstance(value, list):
+            flat.update({f"{name}_{i}": each for i, each in enumerate(value)})
+        elif not isinstance(value, str):
+            flat[name] = value
+    return flat

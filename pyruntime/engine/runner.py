@@ -28,7 +28,7 @@ plan, tables, storage and result say where their arrays live: ``"cpu"`` and 0.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,7 @@ from pyruntime.engine.step import (
 from pyruntime.engine.stored import need_store, open_store
 from pyruntime.errors import CapacityError, InvalidArgumentError, NotFoundError, StateError
 from pyruntime.kv import KvGroup, KvStorage, StepTables
-from pyruntime.moe import ReferenceExperts, StoreExperts
+from pyruntime.moe import ExpertStore, ReferenceExperts, StoreExperts
 from pyruntime.sched import StepPlan
 
 __all__ = ["OPERATORS", "Engine", "ExpertBackend", "Piece", "StepResult", "kv_groups"]
@@ -135,19 +135,22 @@ class Engine:
         block_size: int = 16,
         progress: Progress | None = None,
         bits: int | None = None,
+        experts_of: Callable[[ExpertStore, Weights], ExpertBackend] | None = None,
         **options: Any,
     ) -> Engine:
         """Load a Hugging Face model directory, or a quantized one (`pyruntime.engine.stored`).
 
-        `bits` is the width of a quantized model's experts, its widest by default; `options` are the
-        constructor's. Errors as in `ModelConfig.load`, `load_weights` and `open_store`.
+        `bits` is the width of a quantized model's experts, its widest by default; `experts_of`
+        makes another backend of its store; `options` are the constructor's. Errors as in
+        `ModelConfig.load`, `load_weights` and `open_store`.
         """
         config = ModelConfig.load(directory)
         store = open_store(directory, config)
         need_store(store, directory, bits)
         weights = load_weights(directory, config, progress, store)
         if store is not None:
-            options.setdefault("experts", StoreExperts(store, bits))
+            make = experts_of or (lambda store, _: StoreExperts(store, bits))
+            options.setdefault("experts", make(store, weights))
         return cls(config, weights, num_blocks, block_size, **options)
 
     # Requests

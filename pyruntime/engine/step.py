@@ -41,7 +41,7 @@ class ExpertBackend(Protocol):
         ...
 
     def hint(self, layer: int, x: Floats) -> None:
-        """Announce that `x` is about to reach `layer`."""
+        """Announce that hidden states `x`, a layer early, will reach `layer`."""
         ...
 
     def begin_step(self, plan: StepPlan) -> None:

@@ -47,6 +47,17 @@ Bits = Annotated[
     int | None,
     typer.Option(help="Width of a quantized model's experts; its widest by default.", min=2, max=8),
 ]
+MemoryBudget = Annotated[
+    int | None,
+    typer.Option(help="MiB for weights, experts, KV cache and activations together.", min=1),
+]
+BitPolicy = Annotated[
+    str | None,
+    typer.Option(help="Widths token by token: fixed:4, rank:8,6,4, average:4.2, deadline:50."),
+]
+Deterministic = Annotated[
+    bool, typer.Option(help="Whether text never depends on which experts are in memory.")
+]
 KvMemory = Annotated[int, typer.Option(help="KV cache limit in MiB.", min=1)]
 
 
@@ -109,6 +120,9 @@ def serve(
     policy: Policy = "fcfs",
     kv_memory: KvMemory = 1024,
     bits: Bits = None,
+    memory_budget: MemoryBudget = None,
+    bit_policy: BitPolicy = None,
+    deterministic: Deterministic = True,
     max_running: Annotated[int, typer.Option(help="Requests computing at a time.", min=1)] = 64,
     max_queued: Annotated[int, typer.Option(help="Requests waiting at most.", min=1)] = 1024,
     max_body: Annotated[int, typer.Option(help="Request body limit in KiB.", min=1)] = 4096,
@@ -133,6 +147,9 @@ def serve(
         "max_queued": max_queued,
         "swap_bytes": swap_memory << 20,
         "bits": bits,
+        "memory_budget": memory_budget << 20 if memory_budget else None,
+        "bit_policy": bit_policy,
+        "deterministic": deterministic,
     }
     client: EngineClient
     with _loading(directory) as progress:
@@ -183,12 +200,24 @@ def generate(
     policy: Policy = "fcfs",
     kv_memory: KvMemory = 1024,
     bits: Bits = None,
+    memory_budget: MemoryBudget = None,
+    bit_policy: BitPolicy = None,
+    deterministic: Deterministic = True,
 ) -> None:
     """Continue a prompt and print the text as it comes."""
     text = sys.stdin.read() if prompt == "-" else prompt
     directory = Path(model) if model else shipped()
     with _loading(directory) as progress:
-        llm = LLM(directory, policy=policy, kv_bytes=kv_memory << 20, bits=bits, progress=progress)
+        llm = LLM(
+            directory,
+            policy=policy,
+            kv_bytes=kv_memory << 20,
+            bits=bits,
+            memory_budget=memory_budget << 20 if memory_budget else None,
+            bit_policy=bit_policy,
+            deterministic=deterministic,
+            progress=progress,
+        )
     params = SamplingParams(temperature=temperature, top_p=top_p, seed=seed)
     tokens = llm.tokenizer.chat([{"role": "user", "content": text}]) if chat else None
 

@@ -114,6 +114,11 @@ class _EngineCollector(Collector):
                 family.add_metric([key], value)
             yield family
 
+        for name, value in stats["expert_memory"].items():
+            yield GaugeMetricFamily(
+                f"pyruntime_engine_experts_{name}", f"Expert backend: {name}", value
+            )
+
         workers = stats.get("workers", ())
         for name, text in self.WORKERS if workers else ():
             gauge = GaugeMetricFamily(f"pyruntime_serve_worker_{name}", text, labels=["worker"])

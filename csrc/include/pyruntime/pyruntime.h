@@ -6,6 +6,7 @@
 #include "pyruntime/kv.h"
 #include "pyruntime/kv_tiers.h"
 #include "pyruntime/moe.h"
+#include "pyruntime/moe_cache.h"
 #include "pyruntime/ops.h"
 #include "pyruntime/pool.h"
 #endif
