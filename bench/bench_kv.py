@@ -10,6 +10,7 @@ Hit rates are of Mooncake's conversation trace (Qin et al., FAST 2025; Apache-2.
 """
 
 import gzip
+import heapq
 import json
 import os
 import random
@@ -22,7 +23,7 @@ import pytest
 
 from bench import kv_rows
 from bench.support import size
-from pyruntime.kv import Admission, BlockPool
+from pyruntime.kv import Admission, BlockPool, Retention
 
 HERE = Path(__file__).parent
 PYTHONS = {name: os.environ.get(f"PYRUNTIME_{name.upper()}_PYTHON") for name in ("vllm", "sglang")}
@@ -175,7 +176,7 @@ def test_table(benchmark, peers, case):
 
 
 def test_decode_with_everything_on(benchmark):
-    """Events beside none; and 1024 sequences."""
+    """Events, pins and a tick beside none; and 1024 sequences."""
     steps = size(benchmark, 100, 2)
     plain, observed, large = [], [], []
 
@@ -320,4 +321,98 @@ def test_hit_rates(benchmark, blocks):
         "hit_rate": {policy: round(rate, 4) for policy, rate in rates.items()},
         "loss_of_runs": round(rates["lru, single blocks"] - rates["lru"], 4),
         "loss_aim": 0.01,
+    }
+
+
+TOOLS = {"read": (-1.2, 0.4), "search": (0.2, 0.8), "test": (1.5, 2.0)}  # lognormal seconds
+
+
+def agents(policy, programs, blocks, slots=16, rate=12_000.0):
+    """Simulated programs that call tools, a few per second, on one engine of `slots` sequences.
+
+    A turn computes what is not cached at `rate` tokens/s, answers for a second, and calls a tool.
+    The queue is in order of arrival. Returns mean seconds per program and the tokens computed
+    again.
+    """
+    rng, clock = random.Random(9), [0]
+    pool = BlockPool(blocks, block_size=512, max_blocks=256, max_seqs=512)
+    kept = Retention(pool, rule=policy if policy != "lru" else "fixed", clock=lambda: clock[0])
+    events, talks, at = [], {}, 0.0
+    for program in range(programs):
+        at += rng.expovariate(0.55)
+        turns = max(2, int(rng.gauss(11, 3)))
+        heapq.heappush(events, (at, program, "turn"))
+        state = {"begin": at, "turns": turns, "done": 0, "tokens": 16 + program * 400, "pin": 0}
+        state |= {"left": 0.0, "tool": "", "length": rng.randint(6, 20)}
+        talks[program] = state
+    queue, running, again, waits, spent = [], 0, 0, [0.0], []
+    while events:
+        now, program, kind = heapq.heappop(events)
+        clock[0] = int(now * 1e9)
+        kept.tick()
+        talk = talks[program]
+        if kind == "turn":
+            if talk["done"]:
+                kept.observe(talk["tool"], now - talk["left"])
+            heapq.heappush(queue, (talk["begin"], program, now))
+        else:  # answered
+            running -= 1
+            talk["done"] += 1
+            prompt = np.repeat(np.arange(talk["length"]) + talk["tokens"], 512).astype(np.int32)
+            pool.commit(talk["seq"], len(prompt), ids=prompt)
+            if talk["done"] < talk["turns"]:
+                talk["tool"] = rng.choices(list(TOOLS), [5, 3, 2])[0]
+                talk["left"] = now
+                if policy != "lru":
+                    talk["pin"] = kept.leave(
+                        talk["seq"],
+                        talk["tool"],
+                        arrival=program,
+                        wait=sum(waits[-100:]) / len(waits[-100:]),
+                        reload=len(prompt) / rate,
+                    )
+                seconds = rng.lognormvariate(*TOOLS[talk["tool"]])
+                heapq.heappush(events, (now + min(seconds, 300), program, "turn"))
+            else:
+                spent.append(now - talk["begin"])
+                kept.ended(talk["turns"])
+            pool.free(talk["seq"])
+        while queue and running < slots:
+            _, program, since = queue[0]
+            talk = talks[program]
+            grown = talk["length"] + (rng.randint(2, 8) if talk["done"] else 0)
+            prompt = np.repeat(np.arange(grown) + talk["tokens"], 512).astype(np.int32)
+            outcome = pool.step(admissions=[Admission(prompt)])
+            if not outcome.fitted:
+                break
+            heapq.heappop(queue)
+            talk["seq"], cached = outcome.admitted[0]
+            if talk["pin"]:
+                kept.back(talk["pin"])
+                talk["pin"] = 0
+            again += max(0, talk["length"] * 512 * bool(talk["done"]) - cached)
+            talk["length"] = grown
+            waits.append(now - since)
+            running += 1
+            busy = (len(prompt) - cached) / rate + 1
+            heapq.heappush(events, (now + busy, program, "answered"))
+    return sum(spent) / len(spent), again
+
+
+@pytest.mark.parametrize("blocks", [400, 800])
+def test_tool_calls(benchmark, blocks):
+    """Time to live by the formula and by the released rule, beside LRU, on simulated agents."""
+    programs = size(benchmark, 150, 10)
+    found = {}
+
+    def once():
+        for policy in ("lru", "fixed", "formula"):
+            found[policy] = agents(policy, programs, blocks)
+
+    benchmark.pedantic(once, rounds=1, iterations=1)
+    benchmark.extra_info |= {
+        "simulated": True,
+        "pool_tokens": blocks * 512,
+        "seconds_per_program": {policy: round(mean, 1) for policy, (mean, _) in found.items()},
+        "tokens_computed_again": {policy: again for policy, (_, again) in found.items()},
     }

@@ -9,7 +9,7 @@ from itertools import count as counter
 
 import numpy as np
 
-from pyruntime.kv import Admission, BlockPool, export_keys
+from pyruntime.kv import Admission, BlockPool, Retention, export_keys
 
 SIZE = 16
 now = time.perf_counter
@@ -28,7 +28,7 @@ def served(pool, prompt):
 
 
 def decode(rows, steps, observed=False):
-    """One batch step of `rows` sequences of about 1000 tokens, caching on."""
+    """A batch step of `rows` sequences of about 1000 tokens; `observed`: events, pins, a clock."""
     key = ("decode", rows, observed)
     if key not in STATE:
         rng = np.random.default_rng(1)
@@ -38,14 +38,20 @@ def decode(rows, steps, observed=False):
         tables = [np.empty((rows, 512), np.int32)]
         slots, lengths = [np.empty(rows, np.int32)], np.empty(rows, np.int32)
         batch = pool.batch(seqs, tables=tables, slots=slots, lengths=lengths)
-        STATE[key] = pool, batch, [0]
-    pool, batch, count = STATE[key]
+        kept = Retention(pool, cap=1.0)
+        if observed:
+            for i, seq in enumerate(seqs[:48]):
+                kept.leave(seq, "tool", arrival=i, seconds=1000 + i)
+        STATE[key] = pool, batch, kept, [0]
+    pool, batch, kept, count = STATE[key]
     ids, seconds = np.zeros(len(batch), np.int32), []
     for _ in range(steps):
         count[0] += 1
         ids[:] = count[0]  # the peer appends Python ints; filling an array is the caller's here
         begin = now()
         batch.advance(ids)
+        if observed:
+            kept.tick()
         seconds.append(now() - begin)
     return seconds
 
