@@ -39,10 +39,12 @@ likes. Tables, storage, plan and result each say in `device` and `stream` where 
 and which work they are ordered after; here ``"cpu"`` and 0.
 """
 
-from pyruntime.kv.block_pool import Admission, Batch, BlockPool, Match, StepOutcome
+from pyruntime.kv.batch import Batch
+from pyruntime.kv.block_pool import BlockPool
 from pyruntime.kv.events import EventLog, block_keys
 from pyruntime.kv.export import export_keys
 from pyruntime.kv.prefix import ReferencePrefixPool
+from pyruntime.kv.records import Admission, Match, StepOutcome
 from pyruntime.kv.reference import ReferenceBlockPool
 from pyruntime.kv.retention import Retention
 from pyruntime.kv.serving import ServingPool

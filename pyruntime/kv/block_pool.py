@@ -7,82 +7,27 @@ where they are contiguous; a list of 2048 ints costs more to convert than its wh
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from pyruntime._ext import _kv
 from pyruntime.errors import InvalidArgumentError
+from pyruntime.kv.batch import Batch
+from pyruntime.kv.records import REASONS, Admission, Copy, Event, Match, StepOutcome, as_tokens
 from pyruntime.kv.tables import KvGroup
 from pyruntime.policy import callback_address
 
-__all__ = ["Admission", "Batch", "BlockPool", "Copy", "Event", "Match", "StepOutcome"]
+__all__ = ["BlockPool"]
 
 Ints = npt.NDArray[np.int32]
 POLICIES = {"lru": 0, "slru": 1, "score": 2}
 KINDS = {1: "stored", 2: "removed", 3: "cleared"}
-REASONS = ("capacity", "demoted", "cleared", "planned")
 
-INT32 = np.dtype(np.int32)
 DRY, PREFIX, PROMISES = _kv.DRY, _kv.PREFIX, _kv.PROMISES
 NO_SEQS = np.empty(0, np.uint64)
 NO_COUNTS = np.empty(0, np.uint32)
-
-
-class Copy(NamedTuple):
-    """A block to copy in all layers of its group before the step writes."""
-
-    group: int
-    source: int
-    target: int
-
-
-class Match(NamedTuple):
-    """Leading tokens of a prompt that are in memory, and further ones in lower tiers."""
-
-    tokens: int
-    lower_tokens: int
-
-
-class Event(NamedTuple):
-    """What became shared content, or no longer is."""
-
-    seq: int
-    kind: str
-    """``stored``, ``removed``, ``cleared``, or ``dropped``: those up to here are gone."""
-    reason: str
-    key: bytes
-    """The block's export key, 16 bytes."""
-
-
-class Admission(NamedTuple):
-    """A prompt that a step admits."""
-
-    tokens: npt.ArrayLike
-    space: int = 0
-    room: int | None = None
-    """Tokens to hold blocks for at once; by default the whole prompt."""
-    reserve: int = 0
-    """Tokens promised."""
-
-
-class StepOutcome(NamedTuple):
-    """What a step did, or would do."""
-
-    fitted: bool
-    """Whether everything did."""
-    never_fits: bool
-    """Whether a sequence would exceed the pool by itself."""
-    num_grown: int
-    admitted: list[tuple[int, int]]
-    """Per admission: handle, and leading tokens that were in memory."""
-    left: list[int]
-    """Per group: blocks left afterwards, at least; negative for a deficit."""
-    need: list[int]
-    copies: list[Copy]
-    evictions: list[tuple[int, int, int, int]]
-    """(group, block, node, generation), where tiers are attached."""
 
 
 class BlockPool:
@@ -242,7 +187,7 @@ class BlockPool:
         pyruntime.errors.StateError
             It is no sequence of this pool, or not empty.
         """
-        return self.native.admit(seq, _int32(tokens), reserve)
+        return self.native.admit(seq, as_tokens(tokens), reserve)
 
     def fork(self, seq: int, *, published_only: bool = False) -> int:
         """Return a sequence with the same valid tokens in the same blocks.
@@ -300,7 +245,7 @@ class BlockPool:
             seq,
             tokens,
             self.num_layers if layers is None else layers,
-            None if ids is None else _int32(ids),
+            None if ids is None else as_tokens(ids),
         )
 
     def plan(self, seq: int, tokens: int, uses: int) -> None:
@@ -366,7 +311,7 @@ class BlockPool:
 
     def match(self, tokens: npt.ArrayLike, *, space: int = 0) -> Match:
         """Say how much of a prompt is in memory; nothing changes."""
-        blocks, lower = self.native.match(space, _int32(tokens))
+        blocks, lower = self.native.match(space, as_tokens(tokens))
         return Match(blocks * self.block_size, lower * self.block_size)
 
     # Steps
@@ -422,7 +367,7 @@ class BlockPool:
         """
         given = []
         for a in admissions:
-            tokens = _int32(a.tokens)
+            tokens = as_tokens(a.tokens)
             given.append((a.space, tokens, len(tokens) if a.room is None else a.room, a.reserve))
         fitted, result, admitted = self.native.step(
             np.asarray(frees, np.uint64) if len(frees) else None,
@@ -555,62 +500,3 @@ class BlockPool:
             for g in stats["groups"]
         )
         return f"<BlockPool: {parts}; {stats['open_seqs']} sequences>"
-
-
-class Batch:
-    """Sequences that each grow by one token per step, with everything prepared.
-
-    Parameters
-    ----------
-    pool : BlockPool
-    seqs : sequence of int
-    tables : sequence of ndarray of int32, shape (rows, width), optional
-        Per group; written now, and by each step where they change.
-    slots : sequence of ndarray of int32, shape (rows,), optional
-        Per group: where each step's tokens go, block * block_size + offset.
-    lengths : ndarray of int32, shape (rows,), optional
-        Tokens each row holds.
-
-    Notes
-    -----
-    The arrays are used in place and kept. Ends with any of its sequences: make another one then.
-    """
-
-    def __init__(
-        self,
-        pool: BlockPool,
-        seqs: Sequence[int] | npt.NDArray[np.uint64],
-        *,
-        tables: Sequence[Ints] | None = None,
-        slots: Sequence[Ints] | None = None,
-        lengths: Ints | None = None,
-    ) -> None:
-        self.pool = pool
-        self.native = _kv.Batch(pool.native, np.asarray(seqs, np.uint64), tables, slots, lengths)
-        self.advance = self.native.advance
-        """``advance(tokens)``: append int32 tokens (rows,) and return the copies (group, source,
-        target) that come before the step's writes. All tokens appended before are valid in all
-        layers now. `CapacityError` leaves everything as it was; `StateError` when a sequence has
-        ended or was swapped out."""
-
-    def __len__(self) -> int:
-        return len(self.native)
-
-
-def _int32(tokens: npt.ArrayLike) -> Any:
-    if isinstance(tokens, np.ndarray):
-        if tokens.dtype is INT32 and tokens.flags.c_contiguous:
-            return tokens
-        if tokens.dtype.kind not in "iu":
-            raise InvalidArgumentError(f"tokens are {tokens.dtype}; they must be integers")
-    elif isinstance(tokens, (bytes, bytearray, memoryview)):
-        return np.frombuffer(tokens, np.int32)
-    try:
-        wide = np.asarray(tokens)
-        if wide.size and (
-            wide.dtype.kind not in "iu" or wide.min() < -(2**31) or wide.max() >= 2**31
-        ):
-            raise InvalidArgumentError("tokens must be integers that fit into 32 bits")
-        return np.ascontiguousarray(wide, np.int32)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise InvalidArgumentError(f"tokens must be integers in one dimension: {error}") from None

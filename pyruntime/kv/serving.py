@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyruntime.errors import CapacityError, InvalidArgumentError, NotFoundError, StateError
-from pyruntime.kv.block_pool import NO_COUNTS, NO_SEQS, REASONS, BlockPool
+from pyruntime.kv.block_pool import NO_COUNTS, NO_SEQS, BlockPool
+from pyruntime.kv.records import REASONS
 from pyruntime.kv.tables import GroupTable, KvGroup, KvStorage, StepTables
 
 __all__ = ["ServingPool"]
