@@ -21,7 +21,8 @@ from pyruntime import ops
 from pyruntime.engine.messages import Delta, Submit, TokenLogprobs
 from pyruntime.engine.runner import Engine, StepResult
 from pyruntime.errors import CapacityError, Error
-from pyruntime.kv import EnginePool
+from pyruntime.kv import EnginePool, ServingPool
+from pyruntime.kv.metrics import flatten
 from pyruntime.sched import Policy, Preempt, Request, Resources, Scheduler, State, StepPlan
 
 __all__ = ["EngineLoop", "StepRecord"]
@@ -320,6 +321,7 @@ class EngineLoop:
             "kv_blocks": pool.num_blocks,
             "kv_free_blocks": pool.num_free,
             "kv_block_size": pool.block_size,
+            "kv": flatten(pool.stats()) if isinstance(pool, ServingPool) else {},
             "hidden_bytes": self.engine.hidden_bytes,
             "steps": stats.steps,
             "step_errors": stats.step_errors,

@@ -8,8 +8,15 @@ from typing import Any
 
 import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Histogram
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
 from prometheus_client.registry import Collector
+
+from pyruntime.kv.metrics import Family, families
 
 __all__ = ["ServerMetrics"]
 
@@ -119,6 +126,9 @@ class _EngineCollector(Collector):
                 f"pyruntime_engine_experts_{name}", f"Expert backend: {name}", value
             )
 
+        for name, about, values in families(stats["kv"]):
+            yield _kv_family(f"pyruntime_kv_{name}", about, values)
+
         workers = stats.get("workers", ())
         for name, text in self.WORKERS if workers else ():
             gauge = GaugeMetricFamily(f"pyruntime_serve_worker_{name}", text, labels=["worker"])
@@ -129,3 +139,15 @@ class _EngineCollector(Collector):
     def describe(self) -> Iterable[Metric]:
         """Nothing is described beforehand: the names are fixed and ours."""
         return []
+
+
+def _kv_family(name: str, family: Family, values: list[tuple[tuple[str, ...], float]]) -> Metric:
+    if family.kind == "histogram":
+        buckets = [(labels[0], value) for labels, value in values if labels != ("sum",)]
+        total = next(value for labels, value in values if labels == ("sum",))
+        return HistogramMetricFamily(name, family.text, buckets=buckets, sum_value=total)
+    kind = CounterMetricFamily if family.kind == "counter" else GaugeMetricFamily
+    metric = kind(name, family.text, labels=family.labels)
+    for labels, value in values:
+        metric.add_metric(labels, value)
+    return metric

@@ -280,7 +280,7 @@ class Router:
         parts = [None if client is None else client.stats() for client in clients]
         known = [part for part in parts if part is not None]
         merged: dict[str, Any] = {name: sum(p[name] for p in known) for name in SUMMED}
-        for name in ("seconds", "finished", "waits", "policy_faults", "expert_memory"):
+        for name in ("seconds", "finished", "waits", "policy_faults", "expert_memory", "kv"):
             merged[name] = _sum(part[name] for part in known)
         merged["kv_block_size"] = self._block_size
         merged["policy"] = known[0]["policy"] if known else ""
