@@ -309,14 +309,113 @@ std::vector<Row> budget_rows(BudgetState& s) {
   };
 }
 
+// An arena with one object out.
+class ArenaState {
+ public:
+  ArenaState() {
+    pyrt_arena_options_init(&options);
+    options.reserve_bytes = 16 << 20;
+    EXPECT_EQ(pyrt_arena_create(&options, &arena), PYRT_OK);
+    EXPECT_EQ(pyrt_arena_acquire(arena, 4096, &object), PYRT_OK);
+    EXPECT_EQ(pyrt_arena_acquire(arena, 4096, &released), PYRT_OK);
+    EXPECT_EQ(pyrt_arena_release(arena, released), PYRT_OK);
+  }
+  ~ArenaState() {
+    EXPECT_EQ(pyrt_arena_check(arena), PYRT_OK) << pyrt_last_error();
+    EXPECT_EQ(pyrt_arena_release(arena, object), PYRT_OK) << "it was changed";
+    EXPECT_EQ(pyrt_arena_destroy(arena, 0), PYRT_OK);
+  }
+
+  pyrt_arena_options options;
+  pyrt_arena* arena = nullptr;
+  void* object = nullptr;
+  void* released = nullptr;
+  pyrt_arena* other = nullptr;
+  void* out = nullptr;
+  uint64_t bytes = 0;
+};
+
+pyrt_status create_arena(ArenaState& s, const std::function<void(pyrt_arena_options&)>& change) {
+  pyrt_arena_options options = s.options;
+  change(options);
+  return pyrt_arena_create(&options, &s.other);
+}
+
+std::vector<Row> arena_rows(ArenaState& s) {
+  using Options = pyrt_arena_options;
+  const auto create = [&s](const std::function<void(Options&)>& change) {
+    return [&s, change] { return create_arena(s, change); };
+  };
+  return {
+      {"pyrt_arena_options_init", "null",
+       [] {
+         pyrt_arena_options_init(nullptr);
+         return PYRT_OK;
+       },
+       PYRT_OK},
+      {"pyrt_arena_create", "null", [&s] { return pyrt_arena_create(nullptr, &s.other); }},
+      {"pyrt_arena_create", "null out", [&s] { return pyrt_arena_create(&s.options, nullptr); }},
+      {"pyrt_arena_create", "struct_size", create([](Options& o) { o.struct_size = 4; })},
+      {"pyrt_arena_create", "zero", create([](Options& o) { o.reserve_bytes = 0; })},
+      {"pyrt_arena_create", "huge", create([](Options& o) { o.reserve_bytes = UINT64_MAX; })},
+      {"pyrt_arena_create", "pages", create([](Options& o) { o.pages = 4; })},
+      {"pyrt_arena_create", "hugetlb", create([](Options& o) { o.pages = PYRT_PAGES_HUGETLB; }),
+       PYRT_EUNSUPPORTED},
+      {"pyrt_arena_create", "node", create([](Options& o) { o.node = 64; })},
+      {"pyrt_arena_create", "null classes", create([](Options& o) { o.num_classes = 1; })},
+      {"pyrt_arena_create", "many classes", create([](Options& o) { o.num_classes = UINT64_MAX; })},
+      {"pyrt_arena_create", "an empty class", create([&s](Options& o) {
+         o.class_bytes = &s.bytes;
+         o.num_classes = 1;
+       })},
+      {"pyrt_arena_create", "misaligned classes", create([&s](Options& o) {
+         o.class_bytes = misaligned(&s.bytes);
+         o.num_classes = 1;
+       })},
+      {"pyrt_arena_destroy", "null", [] { return pyrt_arena_destroy(nullptr, 1); }, PYRT_OK},
+      {"pyrt_arena_destroy", "objects out", [&s] { return pyrt_arena_destroy(s.arena, 0); },
+       PYRT_ESTATE},
+      {"pyrt_arena_acquire", "null", [&s] { return pyrt_arena_acquire(nullptr, 1, &s.out); }},
+      {"pyrt_arena_acquire", "null out", [&s] { return pyrt_arena_acquire(s.arena, 1, nullptr); }},
+      {"pyrt_arena_acquire", "zero", [&s] { return pyrt_arena_acquire(s.arena, 0, &s.out); }},
+      {"pyrt_arena_acquire", "huge",
+       [&s] { return pyrt_arena_acquire(s.arena, UINT64_MAX, &s.out); }},
+      {"pyrt_arena_acquire", "the whole range, of which a unit is taken",
+       [&s] { return pyrt_arena_acquire(s.arena, 16 << 20, &s.out); }, PYRT_EFULL},
+      {"pyrt_arena_release", "null", [&s] { return pyrt_arena_release(nullptr, s.object); }},
+      {"pyrt_arena_release", "null object", [&s] { return pyrt_arena_release(s.arena, nullptr); }},
+      {"pyrt_arena_release", "foreign", [&s] { return pyrt_arena_release(s.arena, &s); }},
+      {"pyrt_arena_release", "misaligned",
+       [&s] { return pyrt_arena_release(s.arena, misaligned(static_cast<char*>(s.object))); }},
+      {"pyrt_arena_release", "twice", [&s] { return pyrt_arena_release(s.arena, s.released); },
+       PYRT_ESTATE},
+      {"pyrt_arena_release", "no slab there",
+       [&s] { return pyrt_arena_release(s.arena, static_cast<char*>(s.object) + (8 << 20)); }},
+      {"pyrt_arena_size_of", "null",
+       [&s] { return pyrt_arena_size_of(nullptr, s.object, &s.bytes); }},
+      {"pyrt_arena_size_of", "null out",
+       [&s] { return pyrt_arena_size_of(s.arena, s.object, nullptr); }},
+      {"pyrt_arena_size_of", "foreign", [&s] { return pyrt_arena_size_of(s.arena, &s, &s.bytes); }},
+      {"pyrt_arena_trim", "null", [] { return pyrt_arena_trim(nullptr, nullptr); }},
+      {"pyrt_arena_trim", "null out", [&s] { return pyrt_arena_trim(s.arena, nullptr); }, PYRT_OK},
+      {"pyrt_arena_get_statistics", "null",
+       [] { return pyrt_arena_get_statistics(nullptr, nullptr); }},
+      {"pyrt_arena_get_statistics", "null out",
+       [&s] { return pyrt_arena_get_statistics(s.arena, nullptr); }},
+      {"pyrt_arena_check", "null", [] { return pyrt_arena_check(nullptr); }},
+  };
+}
+
 TEST(AbiAbuse, Pool) {
   PoolState state;
   BudgetState budget;
+  ArenaState arena;
   std::vector<Row> rows = pool_rows(state);
   run(rows);
-  const std::vector<Row> more = budget_rows(budget);
-  run(more);
-  rows.insert(rows.end(), more.begin(), more.end());
+  for (const std::vector<Row>& more : {budget_rows(budget), arena_rows(arena)}) {
+    run(more);
+    rows.insert(rows.end(), more.begin(), more.end());
+  }
   expect_covered("pool.h", rows);
   pyrt_pool_statistics statistics;
   statistics.struct_size = sizeof statistics;

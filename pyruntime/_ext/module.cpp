@@ -34,6 +34,7 @@ void bind_runtime(py::module_& m) {
 PYBIND11_MODULE(_native, m) {
   m.doc() = "pybind11 binding of the pyruntime C ABI.";
   pyruntime::bindings::bind_runtime(m);
+  pyruntime::bindings::bind_arena(m);
   pyruntime::bindings::bind_budget(m);
   pyruntime::bindings::bind_gpu(m);
   pyruntime::bindings::bind_kv_tiers(m);

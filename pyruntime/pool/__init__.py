@@ -1,6 +1,7 @@
-"""Memory on huge pages: pools of equal objects, and the budget that several users share."""
+"""Memory on huge pages: pools of equal objects, arenas of many sizes, and the budget they share."""
 
+from pyruntime.pool.arena import Arena, Block
 from pyruntime.pool.budget import UNIT_BYTES, Budget, BudgetClient
 from pyruntime.pool.objects import Buf, Pool
 
-__all__ = ["UNIT_BYTES", "Budget", "BudgetClient", "Buf", "Pool"]
+__all__ = ["UNIT_BYTES", "Arena", "Block", "Budget", "BudgetClient", "Buf", "Pool"]

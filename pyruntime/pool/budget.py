@@ -5,13 +5,11 @@ The ledger and its locks are described in ``pyruntime/pool.h``.
 
 from __future__ import annotations
 
-import inspect
-import weakref
 from collections.abc import Callable
 
 from pyruntime._ext import _native
-from pyruntime.errors import ClosedError, InvalidArgumentError
-from pyruntime.pool.arguments import count
+from pyruntime.errors import ClosedError
+from pyruntime.pool.arguments import client, count
 
 __all__ = ["UNIT_BYTES", "Budget", "BudgetClient"]
 
@@ -115,15 +113,9 @@ class BudgetClient:
         priority: int,
         reclaim: Callable[[int], int] | None,
     ) -> None:
-        if not isinstance(name, str) or not name or "\0" in name:
-            raise InvalidArgumentError(f"name is {name!r}; it must be a non-empty string")
-        if not isinstance(priority, int) or not -(1 << 31) <= priority < 1 << 31:
-            raise InvalidArgumentError(f"priority is {priority!r}; it must be in -2**31..2**31 - 1")
-        if reclaim is not None and not callable(reclaim):
-            raise InvalidArgumentError(f"reclaim is {reclaim!r}; it must be callable or None")
         self.name = name
         self.budget = budget
-        self._core = _native.BudgetClient(budget._core, name, priority, _weakly(reclaim))
+        self._core = _native.BudgetClient(budget._core, *client(name, priority, reclaim))
 
     @property
     def reserved_bytes(self) -> int:
@@ -182,16 +174,3 @@ class BudgetClient:
         if not self._core.registered:
             raise ClosedError(f"{self.name} has left the budget")
         return self._core
-
-
-def _weakly(reclaim: Callable[[int], int] | None) -> Callable[[int], int] | None:
-    """Keep a bound method from keeping its object, which keeps the client, alive in a cycle."""
-    if not inspect.ismethod(reclaim):
-        return reclaim
-    method = weakref.WeakMethod(reclaim)
-
-    def call(num_bytes: int) -> int:
-        alive = method()
-        return 0 if alive is None else alive(num_bytes)
-
-    return call

@@ -20,11 +20,10 @@ from pyruntime.errors import (
     StateError,
     UnsupportedError,
 )
-from pyruntime.pool.arguments import choice, count
+from pyruntime.pool.arguments import PAGES, choice, count, typed
 
 __all__ = ["Buf", "Pool"]
 
-_PAGES = {"auto": 0, "thp": 1, "hugetlb": 2, "4k": 3}
 _PREFAULT = {"none": 0, "sync": 1, "background": 2}
 _CHECK = {"range": 0, "state": 1, "guard": 2}
 _FORK = {"cow": 0, "exclude": 1}
@@ -116,7 +115,7 @@ class Pool(PoolHandle):
             count("max_capacity", 0 if max_capacity is None else max_capacity),
             count("align", align),
             count("cache_objects", cache_objects, bits=32),
-            choice("pages", pages, _PAGES),
+            choice("pages", pages, PAGES),
             choice("prefault", prefault, _PREFAULT),
             choice("check", check, _CHECK),
             choice("fork", fork, _FORK),
@@ -216,21 +215,11 @@ class Pool(PoolHandle):
         ndarray
             Writable; a view keeps the pool from closing.
         """
-        kind = np.dtype(dtype)
         if isinstance(item, Buf):
-            memory = np.frombuffer(memoryview(item), np.uint8)
-        else:
-            array = self.array
-            unit, slot = self._locate([item], array)
-            memory = array[unit[0], slot[0]]
-        fits = self._object_bytes // kind.itemsize if kind.itemsize else 0
-        dims = (fits,) if shape is None else shape if isinstance(shape, tuple) else (shape,)
-        if kind.hasobject or any(d < 0 for d in dims) or (used := int(np.prod(dims))) > fits:
-            raise InvalidArgumentError(
-                f"{kind} {dims} does not fit an object of {self._object_bytes} bytes"
-            )
-        bytes_used: npt.NDArray[Any] = memory[: used * kind.itemsize]
-        return bytes_used.view(kind).reshape(dims)
+            return typed(np.frombuffer(memoryview(item), np.uint8), dtype, shape)
+        array = self.array
+        unit, slot = self._locate([item], array)
+        return typed(array[unit[0], slot[0]], dtype, shape)
 
     def pin(self) -> None:
         """Lock the committed memory in place and let CUDA devices read and write it.

@@ -232,6 +232,77 @@ PYRT_API pyrt_status pyrt_budget_get_statistics(const pyrt_budget* budget,
 PYRT_API pyrt_status pyrt_budget_client_get_statistics(
     const pyrt_budget_client* client, pyrt_budget_client_statistics* statistics) PYRT_NOEXCEPT;
 
+/* Objects of many sizes on huge pages: slab classes over one reserved range, drawing on a budget.
+ * Every object starts on a 4 KiB boundary and is not zeroed. Any thread may call, at the price of a
+ * mutex; create and destroy must not run beside other calls. In a forked child every call gives
+ * PYRT_ESTATE. */
+typedef struct pyrt_arena pyrt_arena;
+
+typedef struct pyrt_arena_options {
+  uint32_t struct_size;
+  uint32_t pages;         /* PYRT_PAGES_AUTO, _THP or _4K */
+  int32_t node;           /* preferred NUMA node, -1 for none */
+  int32_t priority;       /* in the budget */
+  uint64_t reserve_bytes; /* address space, 2 MiB .. 2^43; give more than will be committed */
+  pyrt_budget* budget;    /* what committed memory is counted against; NULL: reserve_bytes only */
+  const char* name;       /* in the budget's messages; copied; NULL: "arena" */
+  /* Asked when the budget needs more than the arena's empty slabs: to release objects, preferably
+   * neighbours, of about `bytes`. Returns the bytes released, 0 for none. May be NULL. */
+  pyrt_budget_reclaim reclaim;
+  void* user;
+  const uint64_t* class_bytes; /* sizes that shall fit exactly (rounded up to 4 KiB); copied */
+  uint64_t num_classes;
+} pyrt_arena_options;
+
+typedef struct pyrt_arena_statistics {
+  uint32_t struct_size;
+  uint32_t num_slabs;
+  uint64_t objects;         /* out now */
+  uint64_t in_use_bytes;    /* of them, rounded up to their classes */
+  uint64_t committed_bytes; /* whole slabs: what the budget is charged */
+  uint64_t empty_bytes;     /* of them, without an object: what trim would give back */
+  uint64_t reserved_bytes;  /* address space */
+  uint64_t acquires;        /* granted so far */
+  uint64_t releases;
+  uint64_t failures;      /* acquires refused so far */
+  uint64_t trimmed_bytes; /* given back so far */
+  uint64_t fallbacks;     /* wishes for pages or nodes that were refused */
+  uint64_t huge_bytes;    /* on huge pages now; read from smaps, so it costs ~1 ms */
+} pyrt_arena_statistics;
+
+/* Fills defaults: huge pages, any node, no budget, reserve_bytes 0. */
+PYRT_API void pyrt_arena_options_init(pyrt_arena_options* options) PYRT_NOEXCEPT;
+
+/* Creates an arena; commits nothing. PYRT_EINVAL names the option. */
+PYRT_API pyrt_status pyrt_arena_create(const pyrt_arena_options* options,
+                                       pyrt_arena** out) PYRT_NOEXCEPT;
+
+/* Unmaps everything and leaves the budget. PYRT_ESTATE while objects are out, unless `force`. */
+PYRT_API pyrt_status pyrt_arena_destroy(pyrt_arena* arena, int32_t force) PYRT_NOEXCEPT;
+
+/* One object of at least `bytes`. When a new slab does not fit the budget, the arena's empty slabs
+ * go first, then other clients are asked (so hold no lock their callbacks take). PYRT_EFULL if the
+ * budget or the range is exhausted. */
+PYRT_API pyrt_status pyrt_arena_acquire(pyrt_arena* arena, uint64_t bytes,
+                                        void** out) PYRT_NOEXCEPT;
+
+/* Takes an object back. PYRT_EINVAL if it is none of the arena; PYRT_ESTATE if it is not out. */
+PYRT_API pyrt_status pyrt_arena_release(pyrt_arena* arena, void* object) PYRT_NOEXCEPT;
+
+/* The bytes an object that is out may use; fails as release does. */
+PYRT_API pyrt_status pyrt_arena_size_of(pyrt_arena* arena, const void* object,
+                                        uint64_t* bytes) PYRT_NOEXCEPT;
+
+/* Gives slabs without objects back to the system and the budget; `released_bytes` may be NULL. */
+PYRT_API pyrt_status pyrt_arena_trim(pyrt_arena* arena, uint64_t* released_bytes) PYRT_NOEXCEPT;
+
+/* Statistics; fields beyond the caller's struct_size are not written. */
+PYRT_API pyrt_status pyrt_arena_get_statistics(pyrt_arena* arena,
+                                               pyrt_arena_statistics* statistics) PYRT_NOEXCEPT;
+
+/* Walks the slabs and free runs; PYRT_ECORRUPT says what is wrong. */
+PYRT_API pyrt_status pyrt_arena_check(pyrt_arena* arena) PYRT_NOEXCEPT;
+
 #ifdef __cplusplus
 }
 #endif
