@@ -78,7 +78,7 @@ PYRT_API pyrt_status pyrt_kv_seq_commit(pyrt_kv* pool, uint64_t seq, uint32_t to
                                         uint32_t layers, const int32_t* ids,
                                         uint32_t n) PYRT_NOEXCEPT;
 /* Published blocks of the first `tokens` are kept until `uses` further sequences held and released
- * them, and then go first. uses 0 ends the plan. */
+ * them, and then go first. uses 0 ends the plan. The end of a pin or of a fork counts as a use. */
 PYRT_API pyrt_status pyrt_kv_seq_plan(pyrt_kv* pool, uint64_t seq, uint32_t tokens,
                                       uint32_t uses) PYRT_NOEXCEPT;
 
