@@ -48,6 +48,7 @@ from pyruntime.kv.records import Admission, Match, StepOutcome
 from pyruntime.kv.reference import ReferenceBlockPool
 from pyruntime.kv.retention import Retention
 from pyruntime.kv.serving import ServingPool
+from pyruntime.kv.swap import HostTier, SwapEngine
 from pyruntime.kv.tables import EnginePool, GroupTable, KvGroup, KvStorage, StepTables
 
 __all__ = [
@@ -57,6 +58,7 @@ __all__ = [
     "EnginePool",
     "EventLog",
     "GroupTable",
+    "HostTier",
     "KvGroup",
     "KvStorage",
     "Match",
@@ -66,6 +68,7 @@ __all__ = [
     "ServingPool",
     "StepOutcome",
     "StepTables",
+    "SwapEngine",
     "block_keys",
     "export_keys",
 ]

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from pyruntime.errors import CapacityError, InvalidArgumentError, NotFoundError, StateError
 from pyruntime.kv.block_pool import NO_COUNTS, NO_SEQS, BlockPool
 from pyruntime.kv.records import REASONS
+from pyruntime.kv.swap import HostTier
 from pyruntime.kv.tables import GroupTable, KvGroup, KvStorage, StepTables
 
 __all__ = ["ServingPool"]
@@ -29,8 +30,8 @@ class _Request:
     seq: int
     blocks: int
     """Entries of its tables."""
-    swapped: list[dict[int, list[NDArray[np.float32]]]] | None = None
-    """Per group: index of a table entry to its K and V, layer by layer."""
+    swapped: list[dict[int, int]] | None = None
+    """Per group: index of a table entry to its place on the host."""
 
 
 class ServingPool:
@@ -84,7 +85,7 @@ class ServingPool:
             **options,
         )
         self._native = self.pool.native
-        self._storage = storage
+        self._host = None if storage is None or not host_blocks else HostTier(storage, host_blocks)
         self._requests: dict[int, _Request] = {}
         self._spaces: dict[bytes, int] = {b"": 0}
         self._num_swapped = 0
@@ -140,7 +141,7 @@ class ServingPool:
         """Return a request's blocks; unknown requests are ignored. Published blocks stay cached."""
         known = self._requests.pop(request, None)
         if known is not None:
-            self._num_swapped -= _held(known.swapped)
+            self._forget(known)
             self._native.free(known.seq)
 
     # Planning
@@ -313,15 +314,17 @@ class ServingPool:
             raise CapacityError(f"the step lacks {-left} KV blocks; preempt or finish a request")
         for request in frees:
             self.free(request)
+        if self._host is None:
+            return
         for request in leaving:
-            self._out(self._requests[request])
-        for request in swap_in:
-            self._back(self._requests[request])
-
-    def _parts(self, group: int) -> list[NDArray[np.float32]]:
-        assert self._storage is not None
-        layers = self.groups[group].layers
-        return [p for la in layers for p in (self._storage.keys[la], self._storage.values[la])]
+            self._out(self._requests[request], self._host)
+        self._host.finish()  # before anybody gets the blocks
+        returning = [self._requests[request] for request in dict.fromkeys(swap_in)]
+        for known in returning:
+            self._back(known, self._host)
+        self._host.finish()
+        for known in returning:
+            self._forget(known)
 
     def _rows(self, known: _Request) -> list[list[int]]:
         if known.blocks == 0:
@@ -331,24 +334,30 @@ class ServingPool:
             for g in range(len(self.groups))
         ]
 
-    def _out(self, known: _Request) -> None:
+    def _out(self, known: _Request, host: HostTier) -> None:
         if known.swapped is not None:
             return
-        known.swapped = [
-            {i: [p[b].copy() for p in self._parts(g)] for i, b in enumerate(row) if b >= 0}
-            for g, row in enumerate(self._rows(known))
-        ]
+        known.swapped = []
+        for g, row in enumerate(self._rows(known)):
+            entries = [i for i, block in enumerate(row) if block >= 0]
+            places = host.out(g, [row[i] for i in entries])
+            known.swapped.append(dict(zip(entries, places, strict=True)))
         self._num_swapped += _held(known.swapped)
         self._native.park(known.seq)
 
-    def _back(self, known: _Request) -> None:
+    def _back(self, known: _Request, host: HostTier) -> None:
         if known.swapped is None:
             return
         self._native.unpark(known.seq)
         for g, row in enumerate(self._rows(known)):
-            for i, saved in known.swapped[g].items():
-                for part, block in zip(self._parts(g), saved, strict=True):
-                    part[row[i]] = block
+            places = known.swapped[g]
+            host.back(g, list(places.values()), [row[i] for i in places])
+
+    def _forget(self, known: _Request) -> None:
+        """Give back what a request has on the host."""
+        if known.swapped is not None and self._host is not None:
+            for g, places in enumerate(known.swapped):
+                self._host.free(g, list(places.values()))
         self._num_swapped -= _held(known.swapped)
         known.swapped = None
 
@@ -380,8 +389,13 @@ class ServingPool:
         return int(self.pool.stats()["asked_tokens"])
 
     def stats(self) -> dict[str, Any]:
-        """Return the pool's counters and gauges, and ``swapped`` blocks."""
-        return {**self.pool.stats(), "swapped": self._num_swapped}
+        """Return the pool's counters and gauges, ``swapped`` blocks and the swaps' counters."""
+        swaps = {} if self._host is None else self._host.stats()
+        return {
+            **self.pool.stats(),
+            "swapped": self._num_swapped,
+            **{f"swap_{name}": value for name, value in swaps.items()},
+        }
 
     def events(self, since: int) -> tuple[int, list[dict[str, Any]]]:
         """Return the next sequence number and the events from `since` on."""

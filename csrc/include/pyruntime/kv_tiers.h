@@ -1,4 +1,5 @@
-/* KV blocks below and beyond the device: names of content that are the same everywhere.
+/* KV blocks below and beyond the device: names of content that are the same everywhere, and copies
+ * of blocks between tiers beside an engine's steps.
  *
  * Conventions are those of abi.h.
  */
@@ -28,6 +29,113 @@ PYRT_API pyrt_status pyrt_kv_export_keys(const void* secret, uint64_t secret_byt
                                          const void* space, uint64_t space_bytes,
                                          const int32_t* tokens, uint64_t num_tokens,
                                          uint32_t block_size, uint8_t* keys) PYRT_NOEXCEPT;
+
+/* The swap engine: copies runs of blocks between spaces on threads of its own, which sleep while
+ * there is nothing to do. Copies that touch a block in the same way that one of them writes run in
+ * the order of submission. Any thread may call; in a forked child every call gives PYRT_ESTATE. */
+typedef struct pyrt_kv_swap pyrt_kv_swap;
+
+typedef struct pyrt_kv_swap_options {
+  uint32_t struct_size;
+  uint32_t workers;     /* threads, 1..16 */
+  uint32_t queue_limit; /* copies not collected, 1..2^20 */
+  uint32_t reserved;
+  uint64_t delay_ns; /* for tests: up to that long before each part of a copy, at most 10^9 */
+  uint64_t seed;     /* of the delays */
+} pyrt_kv_swap_options;
+
+/* Where the blocks of one KV group lie: piece p (K or V of a layer) of block b is at
+ * bases[p] + b * block_stride. Copied by the call; the memory must outlive the space. */
+typedef struct pyrt_kv_space {
+  uint32_t struct_size;
+  uint32_t num_blocks; /* 1 .. 2^32 - 2 */
+  const uintptr_t* bases;
+  uint64_t num_pieces;   /* 1 .. 2^16 */
+  uint64_t block_stride; /* at least piece_bytes */
+  uint64_t piece_bytes;  /* 1 .. 2^30 */
+} pyrt_kv_space;
+
+typedef struct pyrt_kv_swap_run {
+  uint32_t from;
+  uint32_t to;
+  uint32_t count;
+} pyrt_kv_swap_run;
+
+typedef struct pyrt_kv_completion {
+  uint64_t ticket;
+  pyrt_status
+      status; /* PYRT_OK, PYRT_ECANCELED, or why the copy failed: then its target is undefined */
+  uint32_t reserved;
+} pyrt_kv_completion;
+
+typedef struct pyrt_kv_swap_statistics {
+  uint32_t struct_size;
+  uint32_t reserved;
+  uint64_t jobs;     /* submitted */
+  uint64_t finished; /* in any way */
+  uint64_t failed;
+  uint64_t cancelled;
+  uint64_t blocks;      /* copied */
+  uint64_t bytes;       /* copied */
+  uint64_t descriptors; /* separate copies these took */
+  uint64_t conflicts;   /* jobs that had to wait for earlier ones */
+  uint64_t copy_ns;     /* spent in copies, by the clock */
+  uint64_t copy_cpu_ns; /* and on a CPU */
+  uint64_t waits;       /* calls that had to wait */
+  uint64_t wait_ns;
+  uint64_t in_flight;
+} pyrt_kv_swap_statistics;
+
+/* Fills defaults: one thread, 4096 copies, no delay. */
+PYRT_API void pyrt_kv_swap_options_init(pyrt_kv_swap_options* options) PYRT_NOEXCEPT;
+PYRT_API pyrt_status pyrt_kv_swap_create(const pyrt_kv_swap_options* options,
+                                         pyrt_kv_swap** out) PYRT_NOEXCEPT;
+/* Cancels what is in flight and waits for its end. */
+PYRT_API void pyrt_kv_swap_destroy(pyrt_kv_swap* swap) PYRT_NOEXCEPT;
+
+/* Registers a space; ids of removed spaces are used again. */
+PYRT_API pyrt_status pyrt_kv_swap_add_space(pyrt_kv_swap* swap, const pyrt_kv_space* space,
+                                            uint32_t* out) PYRT_NOEXCEPT;
+/* PYRT_ESTATE while a copy touches it. */
+PYRT_API pyrt_status pyrt_kv_swap_remove_space(pyrt_kv_swap* swap, uint32_t space) PYRT_NOEXCEPT;
+
+/* A fence holds a number, 0 at first, that `signal` raises. */
+PYRT_API pyrt_status pyrt_kv_swap_add_fence(pyrt_kv_swap* swap, uint32_t* out) PYRT_NOEXCEPT;
+PYRT_API pyrt_status pyrt_kv_swap_signal(pyrt_kv_swap* swap, uint32_t fence,
+                                         uint64_t value) PYRT_NOEXCEPT;
+
+/* Submits a copy of runs, to start once `fence` (0: none) has reached `value`. Spaces must agree in
+ * num_pieces and piece_bytes; they may be the same one. No block may be written twice, or read and
+ * written. PYRT_EFULL: collect first. */
+PYRT_API pyrt_status pyrt_kv_swap_copy(pyrt_kv_swap* swap, uint32_t from, uint32_t to,
+                                       const pyrt_kv_swap_run* runs, uint64_t num_runs,
+                                       uint32_t fence, uint64_t value,
+                                       uint64_t* ticket) PYRT_NOEXCEPT;
+
+/* Ends a copy early; does nothing to one that has finished. It is collected all the same. */
+PYRT_API pyrt_status pyrt_kv_swap_cancel(pyrt_kv_swap* swap, uint64_t ticket) PYRT_NOEXCEPT;
+
+/* Waits until a copy (ticket 0: every copy) has finished; PYRT_ETIMEOUT after `timeout_ns`,
+ * negative for no limit. It remains to be collected. */
+PYRT_API pyrt_status pyrt_kv_swap_wait(pyrt_kv_swap* swap, uint64_t ticket,
+                                       int64_t timeout_ns) PYRT_NOEXCEPT;
+
+/* Takes up to `capacity` completions, in the order of their end. */
+PYRT_API pyrt_status pyrt_kv_swap_collect(pyrt_kv_swap* swap, pyrt_kv_completion* out,
+                                          uint64_t capacity, uint64_t* n) PYRT_NOEXCEPT;
+
+/* Whether an unfinished copy writes the block or, `for_writing`, touches it: 1 or 0. */
+PYRT_API pyrt_status pyrt_kv_swap_busy(pyrt_kv_swap* swap, uint32_t space, uint32_t block,
+                                       int32_t for_writing, int32_t* out) PYRT_NOEXCEPT;
+
+/* For tests: the n-th part of a copy from now fails with PYRT_EIO; 0: none. */
+PYRT_API pyrt_status pyrt_kv_swap_fail_part(pyrt_kv_swap* swap, int64_t n) PYRT_NOEXCEPT;
+
+/* Fields beyond the caller's struct_size are not written. */
+PYRT_API pyrt_status pyrt_kv_swap_get_statistics(pyrt_kv_swap* swap,
+                                                 pyrt_kv_swap_statistics* out) PYRT_NOEXCEPT;
+/* Counts the blocks in flight again; PYRT_ECORRUPT says what is wrong. */
+PYRT_API pyrt_status pyrt_kv_swap_check(pyrt_kv_swap* swap) PYRT_NOEXCEPT;
 
 #ifdef __cplusplus
 }

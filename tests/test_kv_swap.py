@@ -1,0 +1,122 @@
+"""Copies of KV blocks between tiers, beside numpy."""
+
+import threading
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pyruntime import errors
+from pyruntime.kv import HostTier, KvGroup, KvStorage, SwapEngine
+from pyruntime.kv.swap import runs_of
+
+
+def pieces(blocks, seed, count=4):
+    rng = np.random.default_rng(seed)
+    return list(rng.standard_normal((count, blocks, 4, 2, 8)).astype(np.float32))
+
+
+def test_runs_put_neighbours_together():
+    assert runs_of([5, 6, 9, 7], [1, 2, 8, 3]).tolist() == [[5, 1, 3], [9, 8, 1]]
+    assert runs_of([], []).shape == (0, 3)
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(st.integers(1, 3), st.lists(st.permutations(range(12)), min_size=1, max_size=8))
+def test_copies_end_as_if_one_after_the_other(workers, orders):
+    near, far = pieces(12, 1), pieces(12, 2)
+    want_near, want_far = [p.copy() for p in near], [p.copy() for p in far]
+    engine = SwapEngine(workers)
+    a, b = engine.add_space(near), engine.add_space(far)
+    tickets = []
+    for i, order in enumerate(orders):
+        sources, targets = list(order[:5]), list(order[5:10])
+        tickets.append(engine.copy(*((a, b) if i % 2 else (b, a)), runs_of(sources, targets)))
+        for x, y in zip(*((want_near, want_far) if i % 2 else (want_far, want_near)), strict=True):
+            y[targets] = x[sources]
+    engine.wait()
+    engine.verify()
+    assert engine.collect() == dict.fromkeys(tickets, 0)
+    np.testing.assert_array_equal(near, want_near)
+    np.testing.assert_array_equal(far, want_far)
+    stats = engine.stats()
+    assert stats["blocks"] == 5 * len(orders)
+    assert stats["bytes"] == 5 * len(orders) * 4 * near[0][0].nbytes
+
+
+def test_a_copy_behind_a_fence_starts_when_it_is_signalled():
+    near, far = pieces(4, 3), pieces(4, 4)
+    engine = SwapEngine()
+    a, b = engine.add_space(near), engine.add_space(far)
+    fence = engine.add_fence()
+    ticket = engine.copy(a, b, runs_of([0, 1], [2, 3]), fence, 7)
+    assert not engine.wait(ticket, timeout_s=0.01)
+    assert engine.busy(b, 2) and engine.busy(a, 0, for_writing=True) and not engine.busy(a, 0)
+    for piece in near:
+        piece[0] = 5
+    threading.Timer(0.05, engine.signal, (fence, 7)).start()
+    assert engine.wait(ticket)
+    assert (np.array(far)[:, 2] == 5).all()
+    other = engine.copy(a, b, runs_of([0], [0]), fence, 8)
+    engine.cancel(other)
+    engine.wait()
+    assert set(engine.collect()) == {ticket, other}
+    assert not engine.busy(b, 2)
+
+
+def test_what_is_refused():
+    engine = SwapEngine(queue_limit=1)
+    near = pieces(4, 5)
+    a = engine.add_space(near)
+    with pytest.raises(errors.InvalidArgumentError, match="alike"):
+        engine.add_space([near[0], near[1][:3]])
+    with pytest.raises(errors.InvalidArgumentError, match="alike"):
+        engine.add_space([near[0].swapaxes(1, 2)])
+    with pytest.raises(errors.InvalidArgumentError, match="empty"):
+        engine.add_space([])
+    for runs in ([[0, 4, 1]], [[3, 0, 2]], [[0, 0, 1]], [[0, 2, 1], [1, 2, 1]]):
+        with pytest.raises(errors.InvalidArgumentError):
+            engine.copy(a, a, np.array(runs, np.uint32))
+    with pytest.raises(errors.InvalidArgumentError):
+        engine.copy(a, 99, runs_of([0], [1]))
+    fence = engine.add_fence()
+    engine.copy(a, a, runs_of([0], [1]), fence, 1)
+    with pytest.raises(errors.StateError):
+        engine.remove_space(a)
+    with pytest.raises(errors.CapacityError):
+        engine.copy(a, a, runs_of([2], [3]))
+    with pytest.raises(errors.InvalidArgumentError, match="workers"):
+        SwapEngine(0)
+
+
+@pytest.mark.parametrize("contiguous", [True, False])
+def test_a_host_tier_keeps_blocks(contiguous):
+    groups = [KvGroup((0, 2), 0, 4), KvGroup((1,), 8, 4)]
+    storage = KvStorage.allocate(groups, 10, 2, 8)
+    if not contiguous:
+        keys, values = (
+            [np.zeros((10, 2, 4, 8), np.float32).swapaxes(1, 2) for _ in range(3)] for _ in "kv"
+        )
+        storage = KvStorage(groups, keys, values)
+    rng = np.random.default_rng(6)
+    for part in (*storage.keys, *storage.values):
+        part[:] = rng.standard_normal(part.shape)
+    before = [part.copy() for part in (*storage.keys, *storage.values)]
+    tier = HostTier(storage, 6)
+    places = tier.out(0, [7, 2, 3]), tier.out(1, [0, 9])
+    tier.finish()
+    for part in (*storage.keys, *storage.values):
+        part[:] = 0
+    tier.back(0, places[0], [1, 8, 9])
+    tier.back(1, places[1], [5, 4])
+    tier.finish()
+    moved = {0: ([7, 2, 3], [1, 8, 9]), 1: ([0, 9], [5, 4]), 2: ([7, 2, 3], [1, 8, 9])}
+    for i, part in enumerate((*storage.keys, *storage.values)):
+        sources, targets = moved[i % 3]
+        np.testing.assert_array_equal(part[targets], before[i][sources])
+        assert not np.delete(part, targets, axis=0).any()
+    tier.free(0, places[0])
+    assert len(tier.out(0, [0, 1, 2, 3, 4, 5])) == 6
+    tier.finish()
+    assert (tier.stats()["jobs"] > 0) == contiguous
