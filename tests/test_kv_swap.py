@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pyruntime import errors
-from pyruntime.kv import HostTier, KvGroup, KvStorage, SwapEngine
+from pyruntime.kv import HostTier, KvGroup, KvStorage, ServingPool, SwapEngine
 from pyruntime.kv.swap import runs_of
+from pyruntime.pool import UNIT_BYTES, Budget
 
 
 def pieces(blocks, seed, count=4):
@@ -120,3 +121,28 @@ def test_a_host_tier_keeps_blocks(contiguous):
     assert len(tier.out(0, [0, 1, 2, 3, 4, 5])) == 6
     tier.finish()
     assert (tier.stats()["jobs"] > 0) == contiguous
+
+
+def test_a_host_tier_is_counted_against_a_budget():
+    storage = KvStorage.allocate([KvGroup((0,), 0, 16)], 8, 4, 64)  # blocks of 32 KiB
+    budget = Budget(2 * UNIT_BYTES)
+    with pytest.raises(errors.CapacityError):
+        ServingPool(8, host_blocks=129, storage=storage, host_budget=budget)
+    assert budget.available_bytes == 2 * UNIT_BYTES  # refused without a trace
+    pool = ServingPool(8, host_blocks=65, storage=storage, host_budget=budget)
+    assert budget.available_bytes == 0  # 65 blocks take two units
+    storage.keys[0][:] = np.arange(8).reshape(8, 1, 1, 1)
+    pool.admit(1, np.arange(48, dtype=np.int32))
+    row = pool.step([(1, 48)]).groups[0].tables[0, :3]
+    before = storage.keys[0][row].copy()
+    pool.step([], swap_out=[1])
+    storage.keys[0][:] = -1
+    row = pool.step([(1, 48)], swap_in=[1]).groups[0].tables[0, :3]
+    np.testing.assert_array_equal(storage.keys[0][row], before)
+    stats = pool.stats()
+    assert stats["swap_blocks"] == 6
+    assert stats["swap_bytes"] == 6 * (32 << 10)
+    assert stats["swap_reserved_bytes"] == 2 * UNIT_BYTES
+    pool.check()
+    del pool
+    assert budget.available_bytes == 2 * UNIT_BYTES

@@ -18,6 +18,7 @@ from pyruntime.kv.block_pool import NO_COUNTS, NO_SEQS, BlockPool
 from pyruntime.kv.records import REASONS
 from pyruntime.kv.swap import HostTier
 from pyruntime.kv.tables import GroupTable, KvGroup, KvStorage, StepTables
+from pyruntime.pool import Budget
 
 __all__ = ["ServingPool"]
 
@@ -52,6 +53,8 @@ class ServingPool:
         Needed for swapping.
     max_requests : int, default 4096
         Requests known at a time.
+    host_budget : Budget, optional
+        The host tier's bytes are reserved there.
     **options
         Of `BlockPool`.
     """
@@ -66,6 +69,7 @@ class ServingPool:
         storage: KvStorage | None = None,
         *,
         max_requests: int = 4096,
+        host_budget: Budget | None = None,
         **options: Any,
     ) -> None:
         if min(num_blocks, block_size, num_layers) < 1:
@@ -85,7 +89,11 @@ class ServingPool:
             **options,
         )
         self._native = self.pool.native
-        self._host = None if storage is None or not host_blocks else HostTier(storage, host_blocks)
+        self._host = (
+            None
+            if storage is None or not host_blocks
+            else HostTier(storage, host_blocks, host_budget)
+        )
         self._requests: dict[int, _Request] = {}
         self._spaces: dict[bytes, int] = {b"": 0}
         self._num_swapped = 0

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from pyruntime._ext import _native
 from pyruntime.errors import InternalError, InvalidArgumentError
 from pyruntime.kv.tables import KvStorage
+from pyruntime.pool import UNIT_BYTES, Budget, BudgetClient
 
 __all__ = ["HostTier", "SwapEngine", "runs_of"]
 
@@ -175,9 +176,22 @@ class HostTier:
         If its blocks are not contiguous, they are copied by numpy rather than by the swap engine.
     num_blocks : int
         Of each group; memory appears as it is written.
+    budget : Budget, optional
+        All of the tier's bytes are reserved there, in whole units, as long as the tier lives.
+
+    Raises
+    ------
+    pyruntime.errors.CapacityError
+        The budget has no room for the tier.
     """
 
-    def __init__(self, storage: KvStorage, num_blocks: int) -> None:
+    def __init__(self, storage: KvStorage, num_blocks: int, budget: Budget | None = None) -> None:
+        self._reserved: BudgetClient | None = None
+        if budget is not None:
+            parts = (*storage.keys, *storage.values)
+            num_bytes = sum(part[0].nbytes for part in parts) * num_blocks
+            self._reserved = budget.register("KV host tier")
+            self._reserved.reserve(-(-num_bytes // UNIT_BYTES) * UNIT_BYTES)
         self._engine = SwapEngine()
         self._pieces: list[list[NDArray[np.float32]]] = []
         self._memory: list[NDArray[np.float32]] = []
@@ -220,8 +234,9 @@ class HostTier:
             raise InternalError(f"a copy of KV blocks ended with status {failed[0]}")
 
     def stats(self) -> dict[str, int]:
-        """Counters of the swap engine."""
-        return self._engine.stats()
+        """Counters of the swap engine, and ``reserved_bytes`` of the budget."""
+        reserved = 0 if self._reserved is None else self._reserved.reserved_bytes
+        return {**self._engine.stats(), "reserved_bytes": reserved}
 
     def _copy(self, group: int, blocks: Sequence[int], places: Ints, *, back: bool) -> None:
         if not len(places):
