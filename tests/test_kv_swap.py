@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from pyruntime import errors
 from pyruntime.kv import HostTier, KvGroup, KvStorage, ServingPool, SwapEngine
+from pyruntime.kv.metrics import flatten
 from pyruntime.kv.swap import runs_of
 from pyruntime.pool import UNIT_BYTES, Budget
 
@@ -143,6 +144,12 @@ def test_a_host_tier_is_counted_against_a_budget():
     assert stats["swap_blocks"] == 6
     assert stats["swap_bytes"] == 6 * (32 << 10)
     assert stats["swap_reserved_bytes"] == 2 * UNIT_BYTES
+    metrics = flatten(stats)
+    assert metrics["swap_bytes"] == stats["swap_bytes"]
+    assert metrics["swaps|done"] == 2 and metrics["swaps|failed"] == 0
+    assert 0 < metrics["swap_copies"] <= 12 and metrics["swap_seconds"] > 0
+    pool.step([], swap_out=[1])
+    assert flatten(pool.stats())["swapped_blocks"] == 3
     pool.check()
     del pool
     assert budget.available_bytes == 2 * UNIT_BYTES

@@ -83,6 +83,7 @@ def test_swapped_requests_continue_without_recompute(tokenizer):
         assert {delta.finish_reason for delta in ends.values()} == {"length"}
         assert loop.pool.num_swapped == 0
     assert roomy.stats.swaps > 0
+    assert roomy.snapshot()["kv"]["swap_bytes"] > 0
     assert tight.stats.preemptions > tight.stats.swaps  # no room on the host: recomputed
 
 

@@ -36,6 +36,12 @@ FAMILIES = {
     "moved_slots": Family("counter", "Slots packed"),
     "pins_ended": Family("counter", "Pins that ended or were not made, by reason", ("reason",)),
     "score_faults": Family("counter", "User score functions that did not answer"),
+    "swapped_blocks": Family("gauge", "KV blocks on the host"),
+    "swaps": Family("counter", "Copies to or from the host, by how they ended", ("result",)),
+    "swap_bytes": Family("counter", "Bytes copied to or from the host"),
+    "swap_copies": Family("counter", "Contiguous pieces they were copied in"),
+    "swap_seconds": Family("counter", "Time that copies took"),
+    "swap_wait_seconds": Family("counter", "Time that steps waited for them"),
     "step_seconds": Family("histogram", "Time of a step in the pool", ("le",)),
 }
 
@@ -68,7 +74,15 @@ def flatten(stats: Mapping[str, Any]) -> dict[str, float]:
         "copied_blocks": stats["copies"],
         "moved_slots": stats["moves"],
         "score_faults": stats["score_faults"],
+        "swapped_blocks": stats.get("swapped", 0),
+        "swap_bytes": stats.get("swap_bytes", 0),
+        "swap_copies": stats.get("swap_descriptors", 0),
+        "swap_seconds": stats.get("swap_copy_ns", 0) / 1e9,
+        "swap_wait_seconds": stats.get("swap_wait_ns", 0) / 1e9,
     }
+    bad = {name: stats.get(f"swap_{name}", 0) for name in ("failed", "cancelled")}
+    flat["swaps|done"] = stats.get("swap_finished", 0) - sum(bad.values())
+    flat |= {f"swaps|{name}": count for name, count in bad.items()}
     for number, group in enumerate(stats["groups"]):
         states = {name: group[name] for name in ("free", "reserved", "cached")}
         states["held"] = group["num_blocks"] - sum(states.values())
