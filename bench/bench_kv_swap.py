@@ -1,0 +1,192 @@
+"""Preemption by swap: what groups of blocks save, and what it costs beside computing again.
+
+FastSwitch (arXiv 2411.18424) argues that swaps of scattered blocks drown in small copies. Here the
+same trace of preemptions runs over pools that hand out blocks in groups, and one by one. Memory is
+the CPU's on both sides: a copy costs no launch, so time says less here than the number of copies.
+"""
+
+import itertools
+import time
+
+import numpy as np
+import pytest
+
+from bench.support import size
+from pyruntime.engine.llm import make_loop
+from pyruntime.engine.messages import Submit
+from pyruntime.engine.sampling import SamplingParams
+from pyruntime.engine.text import Tokenizer
+from pyruntime.kv import KvGroup, KvStorage, ServingPool
+from pyruntime.models import shipped
+
+BLOCK, LAYERS = 16, 4
+GROUPS = [KvGroup(tuple(range(LAYERS)), 0, BLOCK)]
+COUNTED = ("blocks", "bytes", "descriptors", "copy_ns", "copy_cpu_ns")
+now = time.perf_counter
+
+
+class Trace:
+    """Requests that grow at about 90 % load; one of them at random is preempted now and then.
+
+    It is the same for every pool: what it does next depends on the seed and on counts alone.
+    """
+
+    def __init__(self, run_blocks, blocks):
+        storage = KvStorage.allocate(GROUPS, blocks, 4, 64)  # pieces of 16 KiB, blocks of 128 KiB
+        self.pool = ServingPool(
+            blocks, BLOCK, LAYERS, GROUPS, blocks, storage, run_blocks=run_blocks
+        )
+        self.rng = np.random.default_rng(7)
+        self.names = itertools.count()
+        self.running, self.left, self.out = {}, {}, []
+        self.seconds, self.swaps = 0.0, 0
+
+    def blocks(self, tokens):
+        return -(-tokens // BLOCK)
+
+    def used(self):
+        return sum(self.blocks(n + 1) for n in self.running.values())
+
+    def room(self, tokens):
+        return self.used() + self.blocks(tokens + 1) <= 0.9 * self.pool.num_blocks
+
+    def admit(self):
+        tokens = int(np.clip(self.rng.lognormal(5.7, 0.7), 32, 2000))
+        if not self.room(tokens):
+            return False
+        name = next(self.names)
+        self.pool.admit(name, np.full(tokens, name, np.int32))
+        self.running[name], self.left[name] = tokens, int(self.rng.integers(50, 300))
+        return True
+
+    def step(self, preempt):
+        back, victim = [], []
+        if preempt and len(self.running) > 1:
+            victim = [list(self.running)[int(self.rng.integers(len(self.running)))]]
+            self.out.append((victim[0], self.running.pop(victim[0])))
+            begin = now()
+            self.pool.step([], swap_out=victim)
+            self.seconds += now() - begin
+        if not preempt and self.out and self.room(self.out[0][1]):
+            name, self.running[name] = self.out[0][0], self.out[0][1]
+            self.out.pop(0)
+            back = [name]
+            begin = now()
+            self.pool.step([(name, self.running[name])], swap_in=back)
+            self.seconds += now() - begin
+        self.swaps += len(victim) + len(back)
+        while not self.out and self.admit():
+            pass
+        for name in self.running:
+            self.running[name] += 1
+        while self.used() > self.pool.num_blocks:  # the newest starts anew another time
+            name = max(self.running)
+            self.pool.free(name)
+            del self.running[name]
+        self.pool.step(list(self.running.items()))
+        for name in list(self.running):
+            self.left[name] -= 1
+            if self.left[name] <= 0:
+                self.pool.free(name)
+                del self.running[name]
+
+
+def measured(trace, before):
+    """Figures per swap since `before`, and what to give as `before` next time."""
+    stats = trace.pool.stats()
+    total = {name: stats[f"swap_{name}"] for name in COUNTED}
+    total |= {"swaps": trace.swaps, "seconds": trace.seconds}
+    since = {name: value - before.get(name, 0) for name, value in total.items()}
+    swaps = since["swaps"]
+    assert swaps > 0 and stats["swap_failed"] == 0
+    return total, {
+        "swaps": swaps,
+        "blocks": round(since["blocks"] / swaps, 1),
+        "mib": round(since["bytes"] / swaps / 2**20, 2),
+        "copies": round(since["descriptors"] / swaps, 1),
+        "copies if block by block": round(since["blocks"] * 2 * LAYERS / swaps, 1),
+        "ms": round(1e3 * since["seconds"] / swaps, 3),
+        "ms copying": round(since["copy_ns"] / 1e6 / swaps, 3),
+        "cpu ms copying": round(since["copy_cpu_ns"] / 1e6 / swaps, 3),
+    }
+
+
+def test_preemption_trace(benchmark):
+    """Per swap: copies, bytes and time. The trace alternates between the pools, step by step.
+
+    The first phase begins with fresh pools, whose host memory is touched for the first time.
+    """
+    blocks, steps = size(benchmark, 1024, 256), size(benchmark, 1500, 60)
+    traces = {run_blocks: Trace(run_blocks, blocks) for run_blocks in (16, 1)}
+    before = {run_blocks: {} for run_blocks in traces}
+    count = itertools.count(1)
+    phases = []
+
+    def round_():
+        for _ in range(steps):
+            preempt = next(count) % 25 == 0  # FastSwitch: 0.04 per iteration
+            for trace in traces.values():
+                trace.step(preempt)
+        figures = {}
+        for run_blocks, trace in traces.items():
+            before[run_blocks], found = measured(trace, before[run_blocks])
+            figures[f"groups of {run_blocks}"] = found
+        grouped, single = figures.values()
+        assert grouped["blocks"] == single["blocks"], "not the same trace"
+        figures["times fewer copies with groups"] = round(single["copies"] / grouped["copies"], 2)
+        phases.append(figures)
+
+    benchmark.pedantic(round_, rounds=size(benchmark, 4, 1), iterations=1)
+    for trace in traces.values():
+        trace.pool.check()
+    benchmark.extra_info |= {f"phase {i}, per swap": phase for i, phase in enumerate(phases, 1)}
+
+
+def first_token(loop, submit):
+    """Seconds to the first token; the request is left running."""
+    begin = now()
+    loop.submit(submit)
+    for _ in range(1000):
+        if any(delta.tokens for delta in loop.step()):
+            return now() - begin
+    raise AssertionError("no token")
+
+
+@pytest.mark.parametrize("tokens", [128, 480])
+def test_time_to_token(benchmark, tokens):
+    """To the next token: of a new prompt, a cached one, and one that comes back from the host."""
+    ids = Tokenizer(shipped()).encode("The list is a list of values. " * 200)[:tokens]
+    loop = make_loop(shipped(), policy="swap", kv_bytes=64 << 20, swap_bytes=64 << 20)
+    names, found = map(str, itertools.count()), {"recompute": [], "prefix hit": [], "swap-in": []}
+
+    def submit(tenant):
+        return Submit(next(names), ids, SamplingParams(), 8, ignore_eos=True, tenant=tenant)
+
+    def drain():
+        while loop.busy:
+            loop.step()
+
+    def round_():
+        tenant = next(names)
+        found["recompute"].append(first_token(loop, submit(tenant)))
+        drain()
+        found["prefix hit"].append(first_token(loop, submit(tenant)))
+        [handle] = [request.id for request in loop.scheduler.running]
+        loop.pool.step([], swap_out=[handle])
+        begin = now()
+        loop.pool.step([(handle, len(ids))], swap_in=[handle])
+        loop.step()
+        found["swap-in"].append(now() - begin)
+        drain()
+
+    round_()
+    for values in found.values():
+        values.clear()
+    benchmark.pedantic(round_, rounds=size(benchmark, 15, 1), iterations=1)
+    middle = {name: float(np.median(values)) for name, values in found.items()}
+    benchmark.extra_info |= {
+        "tokens": len(ids),
+        **{f"{name}, ms": round(1e3 * value, 3) for name, value in middle.items()},
+        "recompute / prefix hit": round(middle["recompute"] / middle["prefix hit"], 2),
+        "recompute / swap-in": round(middle["recompute"] / middle["swap-in"], 2),
+    }
