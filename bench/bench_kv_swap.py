@@ -124,9 +124,10 @@ def test_preemption_trace(benchmark):
 
     def round_():
         for _ in range(steps):
-            preempt = next(count) % 25 == 0  # FastSwitch: 0.04 per iteration
-            for trace in traces.values():
-                trace.step(preempt)
+            number = next(count)
+            order = list(traces.values())
+            for trace in order if number // 25 % 2 else reversed(order):
+                trace.step(number % 25 == 0)  # FastSwitch: 0.04 per iteration
         figures = {}
         for run_blocks, trace in traces.items():
             before[run_blocks], found = measured(trace, before[run_blocks])

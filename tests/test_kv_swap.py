@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pyruntime import errors
 from pyruntime.kv import HostTier, KvGroup, KvStorage, ServingPool, SwapEngine
 from pyruntime.kv.metrics import flatten
-from pyruntime.kv.swap import runs_of
+from pyruntime.kv.swap import _places, runs_of
 from pyruntime.pool import UNIT_BYTES, Budget
 
 
@@ -122,6 +122,22 @@ def test_a_host_tier_keeps_blocks(contiguous):
     assert len(tier.out(0, [0, 1, 2, 3, 4, 5])) == 6
     tier.finish()
     assert (tier.stats()["jobs"] > 0) == contiguous
+
+
+@pytest.mark.parametrize(
+    ("free", "wanted", "places"),
+    [
+        ("1111.11.111", 2, [5, 6]),  # the tightest run
+        ("1111.11.111", 3, [8, 9, 10]),
+        ("1111.11.111", 6, [0, 1, 2, 3, 8, 9]),  # none fits: the longest first
+        ("1111.11.111", 9, [0, 1, 2, 3, 8, 9, 10, 5, 6]),
+        ("1111.11.111", 0, []),
+        ("....", 2, []),
+    ],
+)
+def test_places_on_the_host_are_runs(free, wanted, places):
+    given = np.array([c == "1" for c in free])
+    assert _places(given, wanted).tolist() == places
 
 
 def test_a_host_tier_is_counted_against_a_budget():

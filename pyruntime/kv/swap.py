@@ -35,6 +35,25 @@ def runs_of(sources: Sequence[int] | Ints, targets: Sequence[int] | Ints) -> NDA
     return np.stack([source[first], target[first], count], axis=1).astype(np.uint32)
 
 
+def _places(free: NDArray[np.bool_], wanted: int) -> Ints:
+    """Return `wanted` free places in few runs: the tightest that fits, else the longest first.
+
+    Fewer of them if there are no more.
+    """
+    places = np.flatnonzero(free)
+    if wanted < 1 or not len(places):
+        return places[:0]
+    first = np.concatenate([[0], np.flatnonzero(np.diff(places) != 1) + 1])
+    lengths = np.diff(np.concatenate([first, [len(places)]]))
+    fitting = np.flatnonzero(lengths >= wanted)
+    if len(fitting):
+        start = first[fitting[np.argmin(lengths[fitting])]]
+        return places[start : start + wanted]
+    runs = np.split(places, first[1:])
+    chosen = np.concatenate([runs[i] for i in np.argsort(-lengths, kind="stable")])
+    return chosen[:wanted]
+
+
 class SwapEngine:
     """Copies runs of blocks between spaces on threads of its own.
 
@@ -212,7 +231,7 @@ class HostTier:
 
     def out(self, group: int, blocks: Sequence[int]) -> list[int]:
         """Begin to copy blocks to the host; return their places there. `finish` ends it."""
-        places = np.flatnonzero(self._free[group])[: len(blocks)]
+        places = _places(self._free[group], len(blocks))
         assert len(places) == len(blocks), "the owner counts"
         self._free[group][places] = False
         self._copy(group, blocks, places, back=False)
