@@ -36,6 +36,7 @@ PYBIND11_MODULE(_native, m) {
   pyruntime::bindings::bind_runtime(m);
   pyruntime::bindings::bind_arena(m);
   pyruntime::bindings::bind_budget(m);
+  pyruntime::bindings::bind_filter(m);
   pyruntime::bindings::bind_gpu(m);
   pyruntime::bindings::bind_kv_tiers(m);
   pyruntime::bindings::bind_moe(m);

@@ -2,6 +2,7 @@
 #ifndef PYRUNTIME_H
 #define PYRUNTIME_H
 #include "pyruntime/abi.h"
+#include "pyruntime/filter.h"
 #include "pyruntime/gpu.h"
 #include "pyruntime/kv.h"
 #include "pyruntime/kv_tiers.h"

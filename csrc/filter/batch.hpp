@@ -1,0 +1,42 @@
+// Bulk calls over one generation: a pipeline that hashes and prefetches one block of keys while it
+// works on the block before. Compiled once per SIMD level (batch.inc.hpp), reached by a table.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "filter/exec.hpp"
+#include "simd/level.hpp"
+
+namespace pyruntime::filter {
+
+struct Kernels {
+  // Statuses of keys that were stored (or, with `unique`, were there already) and of those that
+  // were not. Returns how many were stored.
+  using Insert = uint64_t (*)(const View&, const uint64_t* keys, size_t n, uint8_t* status,
+                              bool unique);
+  // status: 0 removed, 1 absent. Returns how many were removed.
+  using Remove = uint64_t (*)(const View&, const uint64_t* keys, size_t n, uint8_t* status);
+  Insert insert_shared;
+  Insert insert_exclusive;
+  Remove remove_shared;
+  Remove remove_exclusive;
+  // out: 1 present, 0 absent. Returns how many were present.
+  uint64_t (*contains)(const View&, const uint64_t* keys, size_t n, uint8_t* out);
+  // Adds the copies found to out.
+  void (*count)(const View&, const uint64_t* keys, size_t n, uint32_t* out);
+};
+
+// The four shapes of one level.
+struct LevelKernels {
+  Kernels w16b8, w16b16, w8b8, w8b16;
+};
+extern const LevelKernels kScalarKernels;
+#if defined(__x86_64__)
+extern const LevelKernels kAvx2Kernels;
+extern const LevelKernels kAvx512Kernels;
+#endif
+
+const Kernels& kernels(simd::Level level, int bits, int slots) noexcept;
+
+}  // namespace pyruntime::filter

@@ -1,0 +1,42 @@
+// Words of eight bytes, on any machine.
+#include "filter/batch.hpp"
+#include "filter/evict.hpp"
+
+namespace pyruntime::filter {
+
+namespace scalar {
+
+template <int W, int B>
+inline __attribute__((always_inline)) bool hit(const uint64_t* first, const uint64_t* second,
+                                               uint32_t fingerprint) {
+  uint64_t equal = 0;
+  for (int i = 0; i < Shape<W, B>::kWords; ++i) {
+    equal |= equal_lanes<W, B>(Shared::load(first + i), fingerprint);
+  }
+  for (int i = 0; i < Shape<W, B>::kWords; ++i) {
+    equal |= equal_lanes<W, B>(Shared::load(second + i), fingerprint);
+  }
+  return equal != 0;
+}
+
+#include "filter/batch.inc.hpp"
+
+}  // namespace scalar
+
+extern constinit const LevelKernels kScalarKernels = scalar::make_level();
+
+const Kernels& kernels(simd::Level level, int bits, int slots) noexcept {
+  const LevelKernels* set = &kScalarKernels;
+  // A vector load of a bucket is atomic per word, which is all that is needed, but the thread
+  // sanitizer takes it for a plain load.
+#if defined(__x86_64__) && !defined(__SANITIZE_THREAD__)
+  if (level == simd::Level::avx2) set = &kAvx2Kernels;
+  if (level == simd::Level::avx512 || level == simd::Level::avx512_vnni) set = &kAvx512Kernels;
+#else
+  static_cast<void>(level);
+#endif
+  if (bits == 16) return slots == 8 ? set->w16b8 : set->w16b16;
+  return slots == 8 ? set->w8b8 : set->w8b16;
+}
+
+}  // namespace pyruntime::filter

@@ -1,0 +1,112 @@
+/* The cuckoo filter: approximate membership with deletion, for many threads at once.
+ * csrc/filter/filter.hpp has the design, docs/filter_format.md the file.
+ *
+ * A filter never says no to a key that is in. It says yes to one that is not with the probability
+ * `expected_fpr` of its information. Keys are 64-bit integers, or strings that are hashed to such;
+ * the two must not be mixed in one filter. A key may be in several times, up to 2 * slots.
+ *
+ * Any thread may call anything at any time; `clear` waits for running calls.
+ */
+#ifndef PYRUNTIME_FILTER_H
+#define PYRUNTIME_FILTER_H
+
+#include "pyruntime/abi.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* Results by key. */
+enum {
+  PYRT_FILTER_OK = 0,        /* stored; removed */
+  PYRT_FILTER_EXISTS = 1,    /* unique insert: was there, or looks so. Remove: was not there */
+  PYRT_FILTER_FULL = 2,      /* no room; nothing has changed */
+  PYRT_FILTER_DUP_LIMIT = 3, /* this key is in as often as it can be */
+};
+
+typedef struct pyrt_filter pyrt_filter;
+
+typedef struct pyrt_filter_options {
+  uint32_t struct_size;
+  uint32_t bits;     /* of a fingerprint: 8 or 16 */
+  uint64_t capacity; /* distinct keys that fit for sure, 1..2^38 */
+  uint64_t seed;
+  uint32_t slots; /* of a bucket: 8 or 16 */
+  uint32_t reserved;
+} pyrt_filter_options;
+
+typedef struct pyrt_filter_info {
+  uint32_t struct_size;
+  uint32_t bits;
+  uint32_t slots;
+  uint32_t buckets; /* of a segment */
+  uint64_t capacity;
+  uint64_t occupied; /* slots: keys that are in */
+  uint64_t num_slots;
+  uint64_t bytes; /* of memory */
+  uint64_t seed;
+  uint64_t num_segments;
+  uint64_t moves;    /* of fingerprints, so far */
+  uint64_t retries;  /* of inserts that another thread disturbed */
+  uint64_t max_path; /* most moves of one insert */
+  double expected_fpr;
+} pyrt_filter_info;
+
+/* PYRT_EINVAL, PYRT_ENOMEM. */
+PYRT_API pyrt_status pyrt_filter_create(const pyrt_filter_options* options,
+                                        pyrt_filter** out) PYRT_NOEXCEPT;
+PYRT_API void pyrt_filter_destroy(pyrt_filter* filter) PYRT_NOEXCEPT;
+
+/* Stores keys[n]. status[n] (or NULL) gets PYRT_FILTER_OK, _EXISTS (only if `unique`), _FULL or
+ * _DUP_LIMIT; *stored (or NULL) how many are OK. What is not OK has left no trace. Two threads that
+ * insert one key as unique at the same time may both store it. */
+PYRT_API pyrt_status pyrt_filter_insert(pyrt_filter* filter, const uint64_t* keys, uint64_t n,
+                                        int32_t unique, uint8_t* status,
+                                        uint64_t* stored) PYRT_NOEXCEPT;
+
+/* out[n]: 1 or 0; *present (or NULL): how many 1. */
+PYRT_API pyrt_status pyrt_filter_contains(const pyrt_filter* filter, const uint64_t* keys,
+                                          uint64_t n, uint8_t* out,
+                                          uint64_t* present) PYRT_NOEXCEPT;
+
+/* out[n]: how often each key is in, or more. */
+PYRT_API pyrt_status pyrt_filter_count(const pyrt_filter* filter, const uint64_t* keys, uint64_t n,
+                                       uint32_t* out) PYRT_NOEXCEPT;
+
+/* Takes one copy of each of keys[n] out. status[n] (or NULL): PYRT_FILTER_OK or _EXISTS (it was not
+ * there); *removed (or NULL): how many OK. Only for keys that are in: another may go instead. */
+PYRT_API pyrt_status pyrt_filter_remove(pyrt_filter* filter, const uint64_t* keys, uint64_t n,
+                                        uint8_t* status, uint64_t* removed) PYRT_NOEXCEPT;
+
+/* keys[n] of strings data[offsets[i] .. offsets[i + 1]), by this filter's seed. offsets[n + 1] do
+ * not fall and end within data_bytes. */
+PYRT_API pyrt_status pyrt_filter_hash_strings(const pyrt_filter* filter, const char* data,
+                                              uint64_t data_bytes, const int64_t* offsets,
+                                              uint64_t n, uint64_t* keys) PYRT_NOEXCEPT;
+
+PYRT_API pyrt_status pyrt_filter_clear(pyrt_filter* filter) PYRT_NOEXCEPT;
+
+/* Fields beyond the caller's struct_size are not written. */
+PYRT_API pyrt_status pyrt_filter_get_info(const pyrt_filter* filter,
+                                          pyrt_filter_info* out) PYRT_NOEXCEPT;
+
+/* Counts the occupied slots again: PYRT_ECORRUPT if they are not as counted. No writer may run. */
+PYRT_API pyrt_status pyrt_filter_check(const pyrt_filter* filter) PYRT_NOEXCEPT;
+
+/* The bytes that `save` writes. 0 for NULL. */
+PYRT_API uint64_t pyrt_filter_file_bytes(const pyrt_filter* filter) PYRT_NOEXCEPT;
+
+/* Writes the filter to out[bytes], bytes = pyrt_filter_file_bytes(). key_kind (0..2: unknown,
+ * integers, strings) is kept for the reader. Waits for running calls. */
+PYRT_API pyrt_status pyrt_filter_save(const pyrt_filter* filter, void* out, uint64_t bytes,
+                                      uint32_t key_kind) PYRT_NOEXCEPT;
+
+/* Makes a filter of what `save` wrote. PYRT_ECORRUPT says what is wrong, before anything is
+ * allocated; PYRT_EVERSION; PYRT_ENOMEM. */
+PYRT_API pyrt_status pyrt_filter_load(const void* data, uint64_t bytes, pyrt_filter** out,
+                                      uint32_t* key_kind) PYRT_NOEXCEPT;
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,62 @@
+// Writers at high load beside readers that must never miss a key that is in.
+#include <gtest/gtest.h>
+
+#include <atomic>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "filter/filter.hpp"
+
+namespace pyruntime::filter {
+namespace {
+
+TEST(FilterStress, ReadersNeverMissAPresentKey) {
+  for (const uint32_t slots : {8U, 16U}) {
+    Filter filter({20'000, 16, slots, 3});
+    const uint64_t slots_in_all = filter.info().num_slots;
+    std::vector<uint64_t> fixed;
+    std::mt19937_64 random(1);
+    for (uint64_t i = 0; i < slots_in_all * 80 / 100; ++i) fixed.push_back(random());
+    ASSERT_EQ(filter.insert(fixed.data(), fixed.size(), nullptr, false), fixed.size());
+    std::atomic<bool> stop{false};
+    std::atomic<uint64_t> misses{0}, lost{0};
+    std::vector<std::thread> threads;
+    for (uint64_t id = 0; id < 2; ++id) {
+      threads.emplace_back([&, id] {
+        std::mt19937_64 mine(100 + id);
+        std::vector<uint64_t> own(slots_in_all * 7 / 100);
+        std::vector<uint8_t> status(own.size());
+        for (int round = 0; round < 12; ++round) {
+          for (uint64_t& key : own) key = mine();
+          filter.insert(own.data(), own.size(), status.data(), false);
+          std::vector<uint64_t> stored;
+          for (size_t i = 0; i < own.size(); ++i) {
+            if (status[i] == kOk) stored.push_back(own[i]);
+          }
+          if (filter.remove(stored.data(), stored.size(), nullptr) != stored.size()) ++lost;
+        }
+      });
+    }
+    for (int id = 0; id < 2; ++id) {
+      threads.emplace_back([&] {
+        std::vector<uint8_t> out(fixed.size());
+        while (!stop) {
+          misses += fixed.size() - filter.contains(fixed.data(), fixed.size(), out.data());
+        }
+      });
+    }
+    threads[0].join();
+    threads[1].join();
+    stop = true;
+    threads[2].join();
+    threads[3].join();
+    EXPECT_EQ(misses, 0u);
+    EXPECT_EQ(lost, 0u);
+    filter.check();
+    EXPECT_EQ(filter.info().occupied, fixed.size());
+  }
+}
+
+}  // namespace
+}  // namespace pyruntime::filter

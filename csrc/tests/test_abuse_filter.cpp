@@ -1,0 +1,122 @@
+// Bad input at every entry of filter.h; see support/abuse.hpp.
+#include "tests/support/abuse.hpp"
+
+using namespace pyruntime::abuse;
+
+namespace {
+
+struct State {
+  State() {
+    EXPECT_EQ(pyrt_filter_create(&options, &filter), PYRT_OK);
+    info.struct_size = sizeof info;
+    file.resize(pyrt_filter_file_bytes(filter));
+    EXPECT_EQ(pyrt_filter_save(filter, file.data(), file.size(), 1), PYRT_OK);
+  }
+  ~State() { pyrt_filter_destroy(filter); }
+  pyrt_filter_options options{sizeof options, 16, 1000, 7, 8, 0};
+  pyrt_filter* filter = nullptr;
+  pyrt_filter_info info{};
+  std::vector<uint8_t> file;
+  uint64_t keys[4] = {1, 2, 3, 4}, number = 0;
+  uint32_t counts[4] = {}, kind = 0;
+  uint8_t bytes[8] = {};
+  int64_t offsets[5] = {0, 1, 2, 2, 4};
+};
+
+std::vector<Row> rows(State& s) {
+  const auto create = [&s](auto change) {
+    return [&s, change] {
+      pyrt_filter_options options = s.options;
+      change(options);
+      pyrt_filter* filter = nullptr;
+      const pyrt_status status = pyrt_filter_create(&options, &filter);
+      EXPECT_EQ(filter, nullptr);
+      return status;
+    };
+  };
+  const auto hash = [&s](int64_t first, int64_t last, uint64_t bytes) {
+    return [&s, first, last, bytes] {
+      const int64_t offsets[] = {first, last};
+      return pyrt_filter_hash_strings(s.filter, "abcd", bytes, offsets, 1, &s.number);
+    };
+  };
+  using O = pyrt_filter_options;
+  return {
+      {"pyrt_filter_create", "null", [&] { return pyrt_filter_create(nullptr, &s.filter); }},
+      {"pyrt_filter_create", "null out", [&] { return pyrt_filter_create(&s.options, nullptr); }},
+      {"pyrt_filter_create", "struct_size", create([](O& o) { o.struct_size = 4; })},
+      {"pyrt_filter_create", "no capacity", create([](O& o) { o.capacity = 0; })},
+      {"pyrt_filter_create", "huge", create([](O& o) { o.capacity = ~0ull; })},
+      {"pyrt_filter_create", "bits", create([](O& o) { o.bits = 12; })},
+      {"pyrt_filter_create", "slots", create([](O& o) { o.slots = 4; })},
+      {"pyrt_filter_destroy", "null",
+       [] {
+         pyrt_filter_destroy(nullptr);
+         return PYRT_OK;
+       },
+       PYRT_OK},
+      {"pyrt_filter_insert", "null",
+       [&] { return pyrt_filter_insert(nullptr, s.keys, 1, 0, nullptr, nullptr); }},
+      {"pyrt_filter_insert", "null keys",
+       [&] { return pyrt_filter_insert(s.filter, nullptr, 1, 0, nullptr, nullptr); }},
+      {"pyrt_filter_insert", "misaligned",
+       [&] { return pyrt_filter_insert(s.filter, misaligned(s.keys), 1, 0, nullptr, nullptr); }},
+      {"pyrt_filter_insert", "huge",
+       [&] { return pyrt_filter_insert(s.filter, s.keys, kHugeSize, 0, nullptr, nullptr); }},
+      {"pyrt_filter_insert", "nothing",
+       [&] { return pyrt_filter_insert(s.filter, nullptr, 0, 0, nullptr, nullptr); }, PYRT_OK},
+      {"pyrt_filter_contains", "null",
+       [&] { return pyrt_filter_contains(nullptr, s.keys, 1, s.bytes, nullptr); }},
+      {"pyrt_filter_contains", "null out",
+       [&] { return pyrt_filter_contains(s.filter, s.keys, 1, nullptr, nullptr); }},
+      {"pyrt_filter_contains", "right",
+       [&] { return pyrt_filter_contains(s.filter, s.keys, 4, s.bytes, nullptr); }, PYRT_OK},
+      {"pyrt_filter_count", "null",
+       [&] { return pyrt_filter_count(nullptr, s.keys, 1, s.counts); }},
+      {"pyrt_filter_count", "misaligned",
+       [&] { return pyrt_filter_count(s.filter, s.keys, 1, misaligned(s.counts)); }},
+      {"pyrt_filter_remove", "null",
+       [&] { return pyrt_filter_remove(nullptr, s.keys, 1, nullptr, nullptr); }},
+      {"pyrt_filter_remove", "absent",
+       [&] { return pyrt_filter_remove(s.filter, s.keys, 4, s.bytes, &s.number); }, PYRT_OK},
+      {"pyrt_filter_hash_strings", "null",
+       [&] { return pyrt_filter_hash_strings(nullptr, "abcd", 4, s.offsets, 4, s.keys); }},
+      {"pyrt_filter_hash_strings", "null data",
+       [&] { return pyrt_filter_hash_strings(s.filter, nullptr, 4, s.offsets, 4, s.keys); }},
+      {"pyrt_filter_hash_strings", "null offsets",
+       [&] { return pyrt_filter_hash_strings(s.filter, "abcd", 4, nullptr, 4, s.keys); }},
+      {"pyrt_filter_hash_strings", "falling", hash(3, 2, 4)},
+      {"pyrt_filter_hash_strings", "outside", hash(0, 5, 4)},
+      {"pyrt_filter_hash_strings", "below", hash(-1, 2, 4)},
+      {"pyrt_filter_hash_strings", "right", hash(1, 4, 4), PYRT_OK},
+      {"pyrt_filter_clear", "null", [] { return pyrt_filter_clear(nullptr); }},
+      {"pyrt_filter_get_info", "null", [&] { return pyrt_filter_get_info(nullptr, &s.info); }},
+      {"pyrt_filter_get_info", "null out", [&] { return pyrt_filter_get_info(s.filter, nullptr); }},
+      {"pyrt_filter_check", "null", [] { return pyrt_filter_check(nullptr); }},
+      {"pyrt_filter_file_bytes", "null", [] { return ok_if(pyrt_filter_file_bytes(nullptr) == 0); },
+       PYRT_OK},
+      {"pyrt_filter_save", "null",
+       [&] { return pyrt_filter_save(nullptr, s.file.data(), s.file.size(), 1); }},
+      {"pyrt_filter_save", "null out",
+       [&] { return pyrt_filter_save(s.filter, nullptr, s.file.size(), 1); }},
+      {"pyrt_filter_save", "bytes",
+       [&] { return pyrt_filter_save(s.filter, s.file.data(), s.file.size() - 1, 1); }},
+      {"pyrt_filter_save", "kind",
+       [&] { return pyrt_filter_save(s.filter, s.file.data(), s.file.size(), 3); }},
+      {"pyrt_filter_load", "null",
+       [&] { return pyrt_filter_load(nullptr, 4, &s.filter, &s.kind); }},
+      {"pyrt_filter_load", "null out",
+       [&] { return pyrt_filter_load(s.file.data(), s.file.size(), nullptr, &s.kind); }},
+      {"pyrt_filter_load", "short",
+       [&] { return pyrt_filter_load(s.file.data(), 100, &s.filter, &s.kind); }, PYRT_ECORRUPT},
+  };
+}
+
+TEST(AbuseFilter, EveryEntry) {
+  State s;
+  const std::vector<Row> all = rows(s);
+  run(all);
+  expect_covered("filter.h", all);
+}
+
+}  // namespace

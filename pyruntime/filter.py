@@ -1,0 +1,307 @@
+"""Approximate membership with deletion: a cuckoo filter for any number of threads.
+
+The core, its concurrency rules and its failure behaviour are described in ``pyruntime/filter.h``
+and ``csrc/filter/filter.hpp``; the file in ``docs/filter_format.md``.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import tempfile
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pyruntime._ext import _native
+from pyruntime.errors import CapacityError, InvalidArgumentError, NotFoundError
+
+__all__ = ["ABSENT", "DUP_LIMIT", "EXISTS", "FULL", "OK", "CuckooFilter"]
+
+OK, EXISTS, FULL, DUP_LIMIT = range(4)
+"""Results by key (`CuckooFilter.status`)."""
+ABSENT = 1
+"""Result of a deletion: the key was not there."""
+
+Keys = NDArray[np.uint64]
+_KINDS = {1: "integer", 2: "string"}
+
+
+class CuckooFilter:
+    """A multiset of keys that never forgets one, and rarely takes another key for one of them.
+
+    Parameters
+    ----------
+    capacity : int
+        Distinct keys that fit for sure (1..2**38).
+    bits : {16, 8}, optional
+        Of a fingerprint: about 17 or 8.5 bits of memory per key, and false positives of 0.023 % or
+        6 % when full (with 8 slots).
+    slots : {8, 16}, optional
+        Of a bucket: 16 doubles the false positives.
+    seed : int, optional
+        Random by default, so that nobody can choose keys that collide. 64 bits.
+    on_full : {"report", "raise"}, optional
+        Whether `insert` raises when a key found no room.
+
+    Raises
+    ------
+    pyruntime.errors.InvalidArgumentError
+        An argument is outside its range.
+
+    Notes
+    -----
+    Keys are integers (arrays of int64, uint64, int32, uint32, or Python ints) or strings and bytes
+    (lists, numpy ``S`` arrays; text counts as its UTF-8), not both in one filter. Arrays that are
+    contiguous 64-bit integers are not copied. Signed keys count modulo 2**64.
+
+    Thread-safe; calls on many keys release the GIL. Source: Fan et al., "Cuckoo Filter:
+    Practically Better Than Bloom" (CoNEXT 2014).
+
+    Examples
+    --------
+    >>> f = CuckooFilter(1000, seed=1)
+    >>> f.insert([3, 5, 5])
+    3
+    >>> f.contains([3, 4, 5]).tolist()
+    [True, False, True]
+    >>> f.delete([5])
+    1
+    >>> 5 in f, len(f)
+    (True, 2)
+    """
+
+    def __init__(
+        self,
+        capacity: int,
+        *,
+        bits: Literal[8, 16] = 16,
+        slots: Literal[8, 16] = 8,
+        seed: int | None = None,
+        on_full: Literal["report", "raise"] = "report",
+    ) -> None:
+        if on_full not in ("report", "raise"):
+            raise InvalidArgumentError(f"on_full is {on_full!r}; it must be 'report' or 'raise'")
+        for name, value, most in (("capacity", capacity, 1 << 38), ("seed", seed or 0, 1 << 64)):
+            if not isinstance(value, int) or not 0 <= value < most + (name == "capacity"):
+                raise InvalidArgumentError(f"{name} is {value!r}; it must be in 0..{most:#x}")
+        if bits not in (8, 16) or slots not in (8, 16):
+            raise InvalidArgumentError(f"bits is {bits!r} and slots {slots!r}; each is 8 or 16")
+        self.on_full = on_full
+        self.status: NDArray[np.uint8] = np.empty(0, np.uint8)
+        self._kind = 0
+        self._core = _native.Filter(
+            capacity, bits, slots, secrets.randbits(64) if seed is None else seed
+        )
+
+    # Keys
+
+    def _keys(self, keys: Any) -> Keys:
+        """Return 64-bit keys and check that they are of the filter's kind."""
+        kind, found = self._read(keys)
+        self._check(kind)
+        return found
+
+    def _check(self, kind: int) -> None:
+        if kind and self._kind and kind != self._kind:
+            raise InvalidArgumentError(
+                f"this filter holds {_KINDS[self._kind]} keys; these are {_KINDS[kind]} keys"
+            )
+
+    def _read(self, keys: Any) -> tuple[int, Keys]:
+        if isinstance(keys, np.ndarray) and keys.dtype.kind in "iu":
+            if keys.ndim != 1:
+                raise InvalidArgumentError(f"keys have {keys.ndim} axes; they must have one")
+            if keys.dtype.itemsize == 8:
+                return 1, np.ascontiguousarray(keys).view(np.uint64)
+            return 1, keys.astype(np.int64 if keys.dtype.kind == "i" else np.uint64).view(np.uint64)
+        if isinstance(keys, np.ndarray) and keys.dtype.kind not in "SUO":
+            raise InvalidArgumentError(
+                f"keys are {keys.dtype}; they must be integers, strings or bytes"
+            )
+        if isinstance(keys, str | bytes):
+            raise InvalidArgumentError("keys must be a sequence; give [key] for one")
+        items = keys.tolist() if isinstance(keys, np.ndarray) else list(keys)
+        if not items:
+            return 0, np.empty(0, np.uint64)
+        if all(isinstance(item, int) and not isinstance(item, bool) for item in items):
+            return 1, np.array([item & 0xFFFFFFFFFFFFFFFF for item in items], np.uint64)
+        if not all(isinstance(item, str | bytes) for item in items):
+            raise InvalidArgumentError("keys must be all integers, or all strings or bytes")
+        raw = [item.encode() if isinstance(item, str) else item for item in items]
+        offsets = np.zeros(len(raw) + 1, np.int64)
+        np.cumsum([len(item) for item in raw], out=offsets[1:])
+        return 2, self._core.hash_strings(b"".join(raw), offsets)
+
+    # Operations
+
+    def insert(self, keys: Any, *, unique: bool = False) -> int:
+        """Store keys; `status` (uint8, one per key) then says what became of each.
+
+        Parameters
+        ----------
+        keys : array_like
+        unique : bool, optional
+            Leave keys out that are there already, or look so: `EXISTS`.
+
+        Returns
+        -------
+        int
+            Keys stored: those that are `OK`. Others have left no trace.
+
+        Raises
+        ------
+        pyruntime.errors.CapacityError
+            With ``on_full="raise"``: some were `FULL` or at `DUP_LIMIT`; those `OK` are in.
+        pyruntime.errors.InvalidArgumentError
+            The keys are of another kind than those that are in.
+        """
+        kind, found = self._read(keys)
+        self._check(kind)
+        status = np.empty(len(found), np.uint8)
+        stored = self._core.insert(found, unique, status)
+        self.status = status
+        self._kind = self._kind or kind
+        if self.on_full == "raise" and (status >= FULL).any():
+            raise CapacityError(
+                f"{int((status >= FULL).sum())} of {len(status)} keys found no room; see status"
+            )
+        return stored
+
+    def contains(self, keys: Any) -> NDArray[np.bool_]:
+        """Say for each key whether it may be in; False is certain."""
+        answer: NDArray[np.bool_] = self._core.contains(self._keys(keys))
+        return answer
+
+    def count(self, keys: Any) -> NDArray[np.uint32]:
+        """Say for each key how often it is in, or more."""
+        answer: NDArray[np.uint32] = self._core.count(self._keys(keys))
+        return answer
+
+    def delete(self, keys: Any, *, must_exist: bool = False) -> int:
+        """Take one copy of each key out; `status` says `OK` or `ABSENT`.
+
+        Only delete what is in: otherwise an equal fingerprint, another key's, may go.
+
+        Parameters
+        ----------
+        keys : array_like
+        must_exist : bool, optional
+            Raise afterwards if some were absent.
+
+        Returns
+        -------
+        int
+            Keys removed.
+
+        Raises
+        ------
+        pyruntime.errors.NotFoundError
+            With `must_exist`; the others have been removed.
+        """
+        found = self._keys(keys)
+        status = np.empty(len(found), np.uint8)
+        removed = self._core.remove(found, status)
+        self.status = status
+        if must_exist and removed < len(found):
+            raise NotFoundError(f"{len(found) - removed} of {len(found)} keys were not in")
+        return removed
+
+    def clear(self) -> None:
+        """Take everything out, after waiting for running calls."""
+        self._core.clear()
+        self._kind = 0
+
+    def __contains__(self, key: object) -> bool:
+        """Whether one key may be in."""
+        return bool(self.contains([key])[0])
+
+    def __len__(self) -> int:
+        """Keys that are in, each as often as it is."""
+        return int(self._core.info()["occupied"])
+
+    # Inspection
+
+    @property
+    def capacity(self) -> int:
+        """Distinct keys that fit for sure."""
+        return int(self._core.info()["capacity"])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory."""
+        return int(self._core.info()["bytes"])
+
+    @property
+    def load_factor(self) -> float:
+        """Share of slots that are occupied."""
+        info = self._core.info()
+        return float(info["occupied"] / info["num_slots"])
+
+    @property
+    def expected_fpr(self) -> float:
+        """Probability that a key that is not in looks as if it were."""
+        return float(self._core.info()["expected_fpr"])
+
+    def stats(self) -> dict[str, Any]:
+        """Fields of ``pyrt_filter_info``."""
+        return self._core.info()
+
+    def verify(self) -> None:
+        """Count the occupied slots again; `CorruptDataError` if they are not as counted."""
+        self._core.verify()
+
+    def __repr__(self) -> str:
+        """Say how full it is."""
+        info = self._core.info()
+        return f"<CuckooFilter of {info['bits']} bits: {info['occupied']} of {info['capacity']}>"
+
+    # Files
+
+    def to_bytes(self) -> bytes:
+        """Return the filter as its file has it."""
+        return self._core.save(self._kind)
+
+    @classmethod
+    def from_bytes(cls, data: Any) -> CuckooFilter:
+        """Make a filter of what `to_bytes` gave.
+
+        Raises
+        ------
+        pyruntime.errors.CorruptDataError
+            It is damaged, truncated or no filter; nothing was allocated.
+        pyruntime.errors.VersionError
+            Its format is not the one this library reads.
+        """
+        core, kind = _native.Filter.load(data)
+        made = cls.__new__(cls)
+        made.on_full = "report"
+        made.status = np.empty(0, np.uint8)
+        made._kind = kind
+        made._core = core
+        return made
+
+    def save(self, path: str | Path) -> None:
+        """Write the filter to a file, which gets its name when it is whole and synced."""
+        path = Path(path)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(self.to_bytes())
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(name, path)
+        except BaseException:
+            os.unlink(name)
+            raise
+
+    @classmethod
+    def load(cls, path: str | Path) -> CuckooFilter:
+        """Read a filter from a file; errors as in `from_bytes`, and `FileNotFoundError`."""
+        return cls.from_bytes(np.fromfile(path, np.uint8))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle as its file."""
+        return CuckooFilter.from_bytes, (self.to_bytes(),)
