@@ -169,9 +169,10 @@ TEST_F(KvSwapRules, AFailedPartFailsItsJobAndReaders) {
   for (int n = 1; n <= 5; ++n) {  // four parts: two runs of two pieces
     engine.fail_part(n);
     const std::vector<kv::SwapRun> runs = {{0, 0, 1}, {2, 2, 2}};
-    const kv::Ticket first = engine.copy(in_a, in_b, runs, {fence, 1});
+    const auto held = static_cast<uint64_t>(n);  // a fence never falls: each round its own value
+    const kv::Ticket first = engine.copy(in_a, in_b, runs, {fence, held});
     const kv::Ticket reader = copy(in_b, in_c, {2, 2, 1});
-    engine.signal(fence, 1);
+    engine.signal(fence, held);
     for (const kv::Completion& each : collected(engine)) {
       EXPECT_EQ(each.status, n <= 4 || each.ticket == reader ? PYRT_EIO : PYRT_OK) << n;
     }
