@@ -17,7 +17,7 @@ from pyruntime.engine.llm import make_loop
 from pyruntime.engine.messages import Delta, Submit
 from pyruntime.kv import EventLog, block_keys, serving
 from pyruntime.models import shipped
-from pyruntime.serve.presence import ExactSet, PresenceMap, as_keys
+from pyruntime.serve.presence import ExactSet, FilterSet, PresenceMap, as_keys
 from pyruntime.serve.router import Load, Router, choose_worker
 from tests.serving import Server
 
@@ -55,6 +55,24 @@ def test_presence_follows_events_and_asks_for_a_snapshot_when_some_are_lost():
     assert presence.prefix(0, keys) == 0
     presence.forget(0)
     assert presence.next_event(0) == 0
+
+
+@pytest.mark.parametrize("kind", [ExactSet, FilterSet])
+def test_a_filter_is_rebuilt_larger_when_it_is_full(kind):
+    log, presence = EventLog(capacity=1 << 20), PresenceMap(kind)
+    keys = [f"{i * 0x9E3779B97F4A7C15 & (2**64 - 1):016x}" for i in range(60_000)]
+    rebuilt = 0
+    for at in range(0, len(keys), 5000):
+        log.add("stored", keys[at : at + 5000])
+        if not presence.follow(0, *log.since(presence.next_event(0))):
+            presence.rebuild(0, *log.snapshot())
+            rebuilt += 1
+        assert presence.prefix(0, as_keys(keys)) >= at + 5000  # nothing that is there is missed
+    assert rebuilt == (2 if kind is FilterSet else 0)
+    log.add("removed", [*keys[:5], *keys[:5]])  # the second time they are not there
+    assert presence.follow(0, *log.since(presence.next_event(0)))
+    assert presence.prefix(0, as_keys(keys)) < 5
+    assert presence.prefix(0, as_keys(keys[5:])) == len(keys) - 5
 
 
 class Workers:

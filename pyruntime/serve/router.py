@@ -32,13 +32,11 @@ from pyruntime.engine.client import EngineClient
 from pyruntime.engine.messages import Delta, Submit
 from pyruntime.errors import ClosedError
 from pyruntime.kv import block_keys
-from pyruntime.serve.presence import ExactSet, Keys, MemberSet, PresenceMap, as_keys
+from pyruntime.serve.presence import FilterSet, Keys, MemberSet, PresenceMap, as_keys
 
 __all__ = ["Load", "Router", "choose_worker"]
 
 log = logging.getLogger(__name__)
-FILTER: Callable[[], MemberSet] = ExactSet
-"""What a worker's blocks are kept in."""
 RETRY_S = (0.0, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 SUMMED = (
     "running",
@@ -103,7 +101,7 @@ class Router:
     block_size : int
         Of the workers' pools.
     make_filter : callable, optional
-        Makes the filter of a worker's blocks; a plain set by default.
+        Makes the filter of a worker's blocks for a capacity; a cuckoo filter by default.
     max_lead : int, default 8
         See `choose_worker`.
     policy : {"prefix", "round_robin"}
@@ -115,7 +113,7 @@ class Router:
         connect: Connect,
         num_workers: int,
         block_size: int,
-        make_filter: Callable[[], MemberSet] = FILTER,
+        make_filter: Callable[[int], MemberSet] = FilterSet,
         max_lead: int = 8,
         policy: str = "prefix",
     ) -> None:
