@@ -1,0 +1,194 @@
+"""Quantized experts end to end, beside llama.cpp: all in memory, and in less memory than they need.
+
+The models are random, of OLMoE's shape (16 layers, 64 experts of 1024, 8 used, hidden 2048); with
+random weights routing is nearly uniform, which is the worst case for a cache. llama.cpp runs where
+PYRUNTIME_LLAMA_PYTHON names an interpreter with `llama-cpp-python` and `gguf`. Every runner is a
+process of its own; rounds alternate. Memory limits are cgroups where those are writable.
+Files (18 GB at full shape) go to PYRUNTIME_BENCH_DIR, by default a temporary folder, and are used
+again if they are there.
+"""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench.models import quantized_model
+from bench.support import middle
+from pyruntime.moe import ExpertStore
+
+PEER = os.environ.get("PYRUNTIME_LLAMA_PYTHON")
+SHAPE = {"hidden": 2048, "layers": 16, "experts": 64, "ffn": 1024, "vocab": 8192, "top_k": 8}
+SMALL = {"hidden": 256, "layers": 2, "experts": 4, "ffn": 64, "vocab": 512, "top_k": 2}
+CGROUP = Path("/sys/fs/cgroup/memory")
+MIB = 1 << 20
+
+
+class Setting:
+    """Shape and folder of the models, and how much to run."""
+
+    def __init__(self, folder, disabled):
+        self.disabled = disabled
+        self.shape = SMALL if disabled else SHAPE
+        given = os.environ.get("PYRUNTIME_BENCH_DIR")
+        self.folder = Path(given) if given and not disabled else folder
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.model = self.folder / "pyruntime"
+        if not (self.model / "experts.mxs").exists():
+            quantized_model(self.model, **self.shape)
+        self.store = ExpertStore(self.model / "experts.mxs")
+        self.experts = sum(e.bytes for e in self.store.extents if not e.dense)
+
+    def ours(self, limit=None, **options):
+        command = [sys.executable, "-m", "bench.moe_worker", str(self.model), json.dumps(options)]
+        return Runner(command, limit)
+
+    def theirs(self, kind, limit=None):
+        if not PEER:
+            return None
+        script = Path(__file__).parent / "peers" / "llama_moe.py"
+        file = self.folder / f"{kind}.gguf"
+        threads = str(len(os.sched_getaffinity(0)))
+        return Runner([PEER, str(script), str(file), json.dumps(self.shape), kind, threads], limit)
+
+    def forget(self):
+        """Drop the models' pages from the page cache."""
+        for path in (self.model / "experts.mxs", *self.folder.glob("*.gguf")):
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+class Runner:
+    """A process that answers commands, perhaps under a memory limit."""
+
+    count = 0
+
+    def __init__(self, command, limit=None):
+        self.group = None
+        if limit is not None:
+            Runner.count += 1
+            self.group = CGROUP / f"pyruntime-bench-{os.getpid()}-{Runner.count}"
+            self.group.mkdir()
+            (self.group / "memory.limit_in_bytes").write_text(str(limit))
+            command = ["sh", "-c", 'echo $$ > "$0/cgroup.procs"; exec "$@"', self.group, *command]
+        self.process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=Path(__file__).parents[1],
+        )
+        line = self.process.stdout.readline()
+        self.hello = json.loads(line) if line else None
+
+    def run(self, prompt, tokens, seed=1):
+        command = {"prompt": prompt, "tokens": tokens, "seed": seed}
+        self.process.stdin.write(json.dumps(command) + "\n")
+        self.process.stdin.flush()
+        answer = json.loads(self.process.stdout.readline())
+        answer["prefill"] = prompt / answer["prefill_s"]
+        answer["decode"] = (tokens - 1) / answer["decode_s"]
+        return answer
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait()
+        if self.group is not None:
+            self.group.rmdir()
+
+
+@pytest.fixture(scope="module")
+def setting(request, tmp_path_factory):
+    disabled = request.config.getoption("benchmark_disable")
+    return Setting(tmp_path_factory.mktemp("models"), disabled)
+
+
+def summary(answers, key):
+    return round(middle([answer[key] for answer in answers]), 2)
+
+
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize(("bits", "kind"), [(4, "Q4_0"), (8, "Q8_0")])
+def test_all_in_memory(benchmark, setting, bits, kind):
+    """Decode and prefill speed with every expert in memory."""
+    prompt, tokens = (16, 3) if setting.disabled else (512, 33)
+    ours, theirs = setting.ours(bits=bits), setting.theirs(kind)
+    mine, other, seeds = [], [], itertools.count()
+
+    def round_():
+        seed = next(seeds)  # another prompt each time: ours would find the last one in memory
+        mine.append(ours.run(prompt, tokens, seed))
+        if theirs is not None:
+            other.append(theirs.run(prompt, tokens, seed))
+
+    round_()
+    del mine[:], other[:]
+    benchmark.pedantic(round_, rounds=1 if setting.disabled else 5, iterations=1)
+    info = {f"{key}_tokens_per_s": summary(mine, key) for key in ("prefill", "decode")}
+    if theirs is not None:
+        for key in ("prefill", "decode"):
+            info[f"{key}_llama_cpp_{kind}"] = summary(other, key)
+            pairs = [a[key] / b[key] for a, b in zip(mine, other, strict=True)]
+            info[f"{key}_ratio"] = round(middle(pairs), 2)
+        info["peer"] = theirs.hello["version"]
+        theirs.close()
+    ours.close()
+    benchmark.extra_info |= info
+
+
+RUNS = {
+    "8 bits": {"bit_policy": "fixed:8"},
+    "4 bits": {"bit_policy": "fixed:4"},
+    "4.2 bits": {"bit_policy": "average:4.2"},
+    "rank 8,6,4": {"bit_policy": "rank:8,6,4"},
+    "rank 8,6,4, what is there": {"bit_policy": "rank:8,6,4", "deterministic": False},
+}
+
+
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("share", [0.25, 0.4, 0.5, 0.75, 1.0])
+def test_less_memory_than_experts(benchmark, setting, share):
+    """Cold start and decode under a memory limit of a share of the experts at 8 bits."""
+    prompt, tokens = (16, 3) if setting.disabled else (32, 17)
+    kv = 4 * MIB if setting.disabled else 64 * MIB
+    dense = sum(e.bytes for e in setting.store.extents if e.dense)
+    dense += (setting.model / "model.safetensors").stat().st_size
+    slack = 40 * MIB if setting.disabled else 160 * MIB
+    budget = int(share * setting.experts) + dense + 2 * kv + slack
+    # What the interpreter and its libraries take is not in the budget, but in a limit.
+    limit = budget + 256 * MIB if os.access(CGROUP, os.W_OK) else None
+    info = {"budget_mb": budget >> 20, "limit": "none" if limit is None else "memory cgroup"}
+
+    def run():
+        for name, options in list(RUNS.items())[: 1 if setting.disabled else None]:
+            setting.forget()
+            ours = setting.ours(limit, memory_budget=budget, kv_bytes=kv, **options)
+            answers = [ours.run(prompt, tokens, seed) for seed in (1, 2, 3)]
+            ours.close()
+            last = answers[-1]["experts"]
+            info[name] = {
+                "first_token_s": round(ours.hello["load_s"] + answers[0]["prefill_s"], 3),
+                "decode_tokens_per_s": summary(answers[1:], "decode"),
+                "peak_over_budget": round(answers[-1]["peak_bytes"] / budget, 3),
+                "read_mb": last["bytes_read"] >> 20,
+                "prefetch_useful_mb": last["prefetch_useful_bytes"] >> 20,
+                "prefetch_wasted_mb": last["prefetch_wasted_bytes"] >> 20,
+            }
+        setting.forget()
+        peer = setting.theirs("Q8_0", limit)
+        if peer is None or peer.hello is None:
+            return
+        answers = [peer.run(prompt, tokens, seed) for seed in (1, 2, 3)]
+        peer.close()
+        info["llama.cpp mmap Q8_0"] = {
+            "first_token_s": round(peer.hello["load_s"] + answers[0]["prefill_s"], 3),
+            "decode_tokens_per_s": summary(answers[1:], "decode"),
+        }
+
+    benchmark.pedantic(run, rounds=1, iterations=1)
+    benchmark.extra_info |= info
