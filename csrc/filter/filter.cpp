@@ -197,6 +197,17 @@ uint64_t Filter::words_hash() const {
   return base::xxh64(view_.words, body_bytes_, 0);
 }
 
+void Filter::read_words(void* out) const {
+  const std::unique_lock lock(gate_);
+  std::memcpy(out, view_.words, body_bytes_);
+}
+
+void Filter::write_words(const void* words) {
+  const std::unique_lock lock(gate_);
+  std::memcpy(view_.words, words, body_bytes_);
+  occupied_.store(static_cast<int64_t>(recount()), std::memory_order_relaxed);
+}
+
 void Filter::save(void* out, uint8_t key_kind) const {
   const std::unique_lock lock(gate_);
   FileHeader h{};

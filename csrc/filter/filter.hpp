@@ -95,6 +95,14 @@ class Filter {
   // A hash of all words, for tests: a failed insert leaves it as it was.
   uint64_t words_hash() const;
 
+  // Geometry, with this filter's own addresses; and its words.
+  const View& view() const noexcept { return view_; }
+  uint32_t bits() const noexcept { return bits_; }
+  uint32_t slots() const noexcept { return slots_; }
+  uint64_t words_bytes() const noexcept { return body_bytes_; }
+  void read_words(void* out) const;
+  void write_words(const void* words);
+
   uint64_t file_bytes() const noexcept { return sizeof(FileHeader) + body_bytes_; }
   // Writes file_bytes() bytes. `key_kind` is kept for the reader.
   void save(void* out, uint8_t key_kind) const;

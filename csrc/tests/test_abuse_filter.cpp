@@ -11,17 +11,84 @@ struct State {
     info.struct_size = sizeof info;
     file.resize(pyrt_filter_file_bytes(filter));
     EXPECT_EQ(pyrt_filter_save(filter, file.data(), file.size(), 1), PYRT_OK);
+    device.struct_size = sizeof device;
+    EXPECT_EQ(pyrt_filter_device_layout(filter, &device), PYRT_OK);
+    device.words = device.epochs = device.counters = 4096;  // never followed: nothing gets so far
   }
   ~State() { pyrt_filter_destroy(filter); }
+  static uintptr_t at(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer); }
   pyrt_filter_options options{sizeof options, 16, 1000, 7, 8, 0};
   pyrt_filter* filter = nullptr;
   pyrt_filter_info info{};
   std::vector<uint8_t> file;
+  pyrt_filter_device device{};
   uint64_t keys[4] = {1, 2, 3, 4}, number = 0;
   uint32_t counts[4] = {}, kind = 0;
   uint8_t bytes[8] = {};
   int64_t offsets[5] = {0, 1, 2, 2, 4};
 };
+
+std::vector<Row> device_rows(State& s) {
+  const auto call = [&s](auto change) {
+    return [&s, change] {
+      pyrt_filter_device d = s.device;
+      change(d);
+      return pyrt_filter_device_contains_async(&d, s.at(s.keys), 1, s.at(s.bytes), 0);
+    };
+  };
+  using D = pyrt_filter_device;
+  const char* contains = "pyrt_filter_device_contains_async";
+  return {
+      {"pyrt_filter_device_layout", "null",
+       [&] { return pyrt_filter_device_layout(nullptr, &s.device); }},
+      {"pyrt_filter_device_layout", "null out",
+       [&] { return pyrt_filter_device_layout(s.filter, nullptr); }},
+      {"pyrt_filter_read_words", "null",
+       [&] { return pyrt_filter_read_words(nullptr, s.file.data(), s.device.words_bytes); }},
+      {"pyrt_filter_read_words", "null out",
+       [&] { return pyrt_filter_read_words(s.filter, nullptr, s.device.words_bytes); }},
+      {"pyrt_filter_read_words", "bytes",
+       [&] { return pyrt_filter_read_words(s.filter, s.file.data(), 8); }},
+      {"pyrt_filter_write_words", "null",
+       [&] { return pyrt_filter_write_words(nullptr, s.file.data(), s.device.words_bytes); }},
+      {"pyrt_filter_write_words", "bytes",
+       [&] { return pyrt_filter_write_words(s.filter, s.file.data(), ~0ull); }},
+      {contains, "null",
+       [&] {
+         return pyrt_filter_device_contains_async(nullptr, s.at(s.keys), 1, s.at(s.bytes), 0);
+       }},
+      {contains, "struct_size", call([](D& d) { d.struct_size = 1; })},
+      {contains, "bits", call([](D& d) { d.bits = 4; })},
+      {contains, "odd buckets", call([](D& d) { ++d.buckets; })},
+      {contains, "huge", call([](D& d) { d.num_segments = ~0ull; })},
+      {contains, "bytes", call([](D& d) { --d.words_bytes; })},
+      {contains, "threshold", call([](D& d) { d.threshold = 0; })},
+      {contains, "null words", call([](D& d) { d.words = 0; })},
+      {contains, "misaligned words", call([](D& d) { ++d.words; })},
+      {contains, "null epochs", call([](D& d) { d.epochs = 0; })},
+      {contains, "null counters", call([](D& d) { d.counters = 0; })},
+      {contains, "null keys",
+       [&] { return pyrt_filter_device_contains_async(&s.device, 0, 1, s.at(s.bytes), 0); }},
+      {contains, "huge n",
+       [&] {
+         return pyrt_filter_device_contains_async(&s.device, s.at(s.keys), ~0ull, s.at(s.bytes), 0);
+       }},
+      {contains, "nothing",
+       [&] { return pyrt_filter_device_contains_async(&s.device, 0, 0, 0, 0); }, PYRT_OK},
+      {"pyrt_filter_device_insert_async", "null scratch",
+       [&] {
+         return pyrt_filter_device_insert_async(&s.device, s.at(s.keys), 1, s.at(s.bytes), 0, 0);
+       }},
+      {"pyrt_filter_device_insert_async", "null status",
+       [&] {
+         return pyrt_filter_device_insert_async(&s.device, s.at(s.keys), 1, 0, s.at(s.keys), 0);
+       }},
+      {"pyrt_filter_device_remove_async", "null",
+       [&] { return pyrt_filter_device_remove_async(nullptr, s.at(s.keys), 1, s.at(s.bytes), 0); }},
+      {"pyrt_filter_device_remove_async", "null status",
+       [&] { return pyrt_filter_device_remove_async(&s.device, s.at(s.keys), 1, 0, 0); }},
+  };
+}
 
 std::vector<Row> rows(State& s) {
   const auto create = [&s](auto change) {
@@ -114,7 +181,9 @@ std::vector<Row> rows(State& s) {
 
 TEST(AbuseFilter, EveryEntry) {
   State s;
-  const std::vector<Row> all = rows(s);
+  std::vector<Row> all = rows(s);
+  const std::vector<Row> more = device_rows(s);
+  all.insert(all.end(), more.begin(), more.end());
   run(all);
   expect_covered("filter.h", all);
 }

@@ -12,6 +12,38 @@ template <class T>
 using Array = py::array_t<T, py::array::c_style>;
 using Keys = Array<uint64_t>;
 
+// A table in device memory; addresses are checked behind the C ABI.
+class FilterDevice {
+ public:
+  explicit FilterDevice(const pyrt_filter* filter) {
+    device_.struct_size = sizeof device_;
+    check(pyrt_filter_device_layout(filter, &device_));
+  }
+  py::tuple sizes() const {
+    return py::make_tuple(device_.words_bytes, device_.num_segments * sizeof(uint32_t),
+                          3 * sizeof(uint64_t));
+  }
+  void place(uintptr_t words, uintptr_t epochs, uintptr_t counters) {
+    device_.words = words;
+    device_.epochs = epochs;
+    device_.counters = counters;
+  }
+  void insert(uintptr_t keys, uint64_t n, uintptr_t status, uintptr_t scratch, uintptr_t stream) {
+    call([&] {
+      return pyrt_filter_device_insert_async(&device_, keys, n, status, scratch, stream);
+    });
+  }
+  void contains(uintptr_t keys, uint64_t n, uintptr_t out, uintptr_t stream) {
+    call([&] { return pyrt_filter_device_contains_async(&device_, keys, n, out, stream); });
+  }
+  void remove(uintptr_t keys, uint64_t n, uintptr_t status, uintptr_t stream) {
+    call([&] { return pyrt_filter_device_remove_async(&device_, keys, n, status, stream); });
+  }
+
+ private:
+  pyrt_filter_device device_{};
+};
+
 class Filter {
  public:
   Filter(uint64_t capacity, uint32_t bits, uint32_t slots, uint64_t seed) {
@@ -79,6 +111,17 @@ class Filter {
     });
     return keys;
   }
+  FilterDevice device() const { return FilterDevice(filter_); }
+  void read_words(Array<uint8_t>& out) const {
+    uint8_t* to = out.mutable_data();
+    const auto bytes = static_cast<uint64_t>(out.size());
+    call([&] { return pyrt_filter_read_words(filter_, to, bytes); });
+  }
+  void write_words(const Array<uint8_t>& words) {
+    const uint8_t* from = words.data();
+    const auto bytes = static_cast<uint64_t>(words.size());
+    call([&] { return pyrt_filter_write_words(filter_, from, bytes); });
+  }
   void clear() {
     call([&] { return pyrt_filter_clear(filter_); });
   }
@@ -131,6 +174,15 @@ class Filter {
 
 void bind_filter(py::module_& m) {
   const auto nc = [](const char* name) { return py::arg(name).noconvert(); };
+  py::class_<FilterDevice>(m, "FilterDevice")
+      .def("sizes", &FilterDevice::sizes)
+      .def("place", &FilterDevice::place, py::arg("words"), py::arg("epochs"), py::arg("counters"))
+      .def("insert", &FilterDevice::insert, py::arg("keys"), py::arg("n"), py::arg("status"),
+           py::arg("scratch"), py::arg("stream"))
+      .def("contains", &FilterDevice::contains, py::arg("keys"), py::arg("n"), py::arg("out"),
+           py::arg("stream"))
+      .def("remove", &FilterDevice::remove, py::arg("keys"), py::arg("n"), py::arg("status"),
+           py::arg("stream"));
   py::class_<Filter>(m, "Filter")
       .def(py::init<uint64_t, uint32_t, uint32_t, uint64_t>(), py::arg("capacity"), py::arg("bits"),
            py::arg("slots"), py::arg("seed"))
@@ -140,6 +192,9 @@ void bind_filter(py::module_& m) {
       .def("contains_one", &Filter::contains_one, py::arg("key"))
       .def("count", &Filter::count, nc("keys"))
       .def("hash_strings", &Filter::hash_strings, py::arg("data"), nc("offsets"))
+      .def("device", &Filter::device)
+      .def("read_words", &Filter::read_words, nc("out"))
+      .def("write_words", &Filter::write_words, nc("words"))
       .def("clear", &Filter::clear)
       .def("verify", &Filter::verify)
       .def("info", &Filter::info)

@@ -106,6 +106,46 @@ PYRT_API pyrt_status pyrt_filter_save(const pyrt_filter* filter, void* out, uint
 PYRT_API pyrt_status pyrt_filter_load(const void* data, uint64_t bytes, pyrt_filter** out,
                                       uint32_t* key_kind) PYRT_NOEXCEPT;
 
+/* A filter's table in memory that a CUDA device reaches: the same words. Calls on one filter are
+ * ordered by their stream; PYRT_ENODEV and PYRT_ECUDA as in gpu.h. */
+typedef struct pyrt_filter_device {
+  uint32_t struct_size;
+  uint32_t bits;
+  uint32_t slots;
+  uint32_t threshold;
+  uint32_t buckets;
+  uint32_t reserved;
+  uint64_t num_segments;
+  uint64_t seed;
+  uint64_t words_bytes; /* num_segments * buckets * slots * bits / 8 */
+  uintptr_t words;      /* uint64_t[words_bytes / 8], 16-byte aligned */
+  uintptr_t epochs;     /* uint32_t[num_segments], zero at first */
+  uintptr_t counters;   /* uint64_t[3], zero at first */
+} pyrt_filter_device;
+
+/* Fills everything but the addresses. */
+PYRT_API pyrt_status pyrt_filter_device_layout(const pyrt_filter* filter,
+                                               pyrt_filter_device* out) PYRT_NOEXCEPT;
+/* Copies the words out to, or in from, host memory words[bytes]; writing waits for running calls,
+ * counts what is occupied, and leaves the filter as it was where it fails. */
+PYRT_API pyrt_status pyrt_filter_read_words(const pyrt_filter* filter, void* words,
+                                            uint64_t bytes) PYRT_NOEXCEPT;
+PYRT_API pyrt_status pyrt_filter_write_words(pyrt_filter* filter, const void* words,
+                                             uint64_t bytes) PYRT_NOEXCEPT;
+
+/* As the calls of the same name on a CPU, asynchronous on `stream` (a cudaStream_t), with
+ * keys[n], status[n], out[n] and scratch[n + 1] where the device reaches them. */
+PYRT_API pyrt_status pyrt_filter_device_insert_async(const pyrt_filter_device* device,
+                                                     uintptr_t keys, uint64_t n, uintptr_t status,
+                                                     uintptr_t scratch,
+                                                     uintptr_t stream) PYRT_NOEXCEPT;
+PYRT_API pyrt_status pyrt_filter_device_contains_async(const pyrt_filter_device* device,
+                                                       uintptr_t keys, uint64_t n, uintptr_t out,
+                                                       uintptr_t stream) PYRT_NOEXCEPT;
+PYRT_API pyrt_status pyrt_filter_device_remove_async(const pyrt_filter_device* device,
+                                                     uintptr_t keys, uint64_t n, uintptr_t status,
+                                                     uintptr_t stream) PYRT_NOEXCEPT;
+
 #ifdef __cplusplus
 }
 #endif

@@ -92,11 +92,16 @@ class CuckooFilter:
         self.on_full = on_full
         self.status: NDArray[np.uint8] = np.empty(0, np.uint8)
         self._kind = 0
-        self._core = _native.Filter(
+        self.core = _native.Filter(
             capacity, bits, slots, secrets.randbits(64) if seed is None else seed
         )
 
     # Keys
+
+    @property
+    def kind(self) -> str:
+        """Kind of the keys that are in: "integer", "string", or "" before the first."""
+        return _KINDS.get(self._kind, "")
 
     def _keys(self, keys: Any) -> Keys:
         """Return 64-bit keys and check that they are of the filter's kind."""
@@ -133,7 +138,7 @@ class CuckooFilter:
         raw = [item.encode() if isinstance(item, str) else item for item in items]
         offsets = np.zeros(len(raw) + 1, np.int64)
         np.cumsum([len(item) for item in raw], out=offsets[1:])
-        return 2, self._core.hash_strings(b"".join(raw), offsets)
+        return 2, self.core.hash_strings(b"".join(raw), offsets)
 
     # Operations
 
@@ -161,7 +166,7 @@ class CuckooFilter:
         kind, found = self._read(keys)
         self._check(kind)
         status = np.empty(len(found), np.uint8)
-        stored = self._core.insert(found, unique, status)
+        stored = self.core.insert(found, unique, status)
         self.status = status
         self._kind = self._kind or kind
         if self.on_full == "raise" and (status >= FULL).any():
@@ -172,12 +177,12 @@ class CuckooFilter:
 
     def contains(self, keys: Any) -> NDArray[np.bool_]:
         """Say for each key whether it may be in; False is certain."""
-        answer: NDArray[np.bool_] = self._core.contains(self._keys(keys))
+        answer: NDArray[np.bool_] = self.core.contains(self._keys(keys))
         return answer
 
     def count(self, keys: Any) -> NDArray[np.uint32]:
         """Say for each key how often it is in, or more."""
-        answer: NDArray[np.uint32] = self._core.count(self._keys(keys))
+        answer: NDArray[np.uint32] = self.core.count(self._keys(keys))
         return answer
 
     def delete(self, keys: Any, *, must_exist: bool = False) -> int:
@@ -203,7 +208,7 @@ class CuckooFilter:
         """
         found = self._keys(keys)
         status = np.empty(len(found), np.uint8)
-        removed = self._core.remove(found, status)
+        removed = self.core.remove(found, status)
         self.status = status
         if must_exist and removed < len(found):
             raise NotFoundError(f"{len(found) - removed} of {len(found)} keys were not in")
@@ -211,7 +216,7 @@ class CuckooFilter:
 
     def clear(self) -> None:
         """Take everything out, after waiting for running calls."""
-        self._core.clear()
+        self.core.clear()
         self._kind = 0
 
     def __contains__(self, key: object) -> bool:
@@ -220,49 +225,49 @@ class CuckooFilter:
 
     def __len__(self) -> int:
         """Keys that are in, each as often as it is."""
-        return int(self._core.info()["occupied"])
+        return int(self.core.info()["occupied"])
 
     # Inspection
 
     @property
     def capacity(self) -> int:
         """Distinct keys that fit for sure."""
-        return int(self._core.info()["capacity"])
+        return int(self.core.info()["capacity"])
 
     @property
     def nbytes(self) -> int:
         """Bytes of memory."""
-        return int(self._core.info()["bytes"])
+        return int(self.core.info()["bytes"])
 
     @property
     def load_factor(self) -> float:
         """Share of slots that are occupied."""
-        info = self._core.info()
+        info = self.core.info()
         return float(info["occupied"] / info["num_slots"])
 
     @property
     def expected_fpr(self) -> float:
         """Probability that a key that is not in looks as if it were."""
-        return float(self._core.info()["expected_fpr"])
+        return float(self.core.info()["expected_fpr"])
 
     def stats(self) -> dict[str, Any]:
         """Fields of ``pyrt_filter_info``."""
-        return self._core.info()
+        return self.core.info()
 
     def verify(self) -> None:
         """Count the occupied slots again; `CorruptDataError` if they are not as counted."""
-        self._core.verify()
+        self.core.verify()
 
     def __repr__(self) -> str:
         """Say how full it is."""
-        info = self._core.info()
+        info = self.core.info()
         return f"<CuckooFilter of {info['bits']} bits: {info['occupied']} of {info['capacity']}>"
 
     # Files
 
     def to_bytes(self) -> bytes:
         """Return the filter as its file has it."""
-        return self._core.save(self._kind)
+        return self.core.save(self._kind)
 
     @classmethod
     def from_bytes(cls, data: Any) -> CuckooFilter:
@@ -280,7 +285,7 @@ class CuckooFilter:
         made.on_full = "report"
         made.status = np.empty(0, np.uint8)
         made._kind = kind
-        made._core = core
+        made.core = core
         return made
 
     def save(self, path: str | Path) -> None:
