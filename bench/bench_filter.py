@@ -16,6 +16,7 @@ second of the thread's CPU time, ratios are of medians of pairs.
 
 import ctypes
 import os
+import pathlib
 import time
 
 import numpy as np
@@ -161,7 +162,7 @@ def keys_of(n):
 
 
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("path", PEERS or [None])
+@pytest.mark.parametrize("path", PEERS or [None], ids=lambda p: p and pathlib.Path(p).stem)
 @pytest.mark.parametrize("n", [1_000_000, 8_000_000, 63_800_000])
 def test_beside_native(benchmark, n, path):
     n, rounds = size(benchmark, (n, 5 if n < 10_000_000 else 2), (20_000, 1))

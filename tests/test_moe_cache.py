@@ -130,9 +130,7 @@ def test_policies_give_what_they_promise(store):
         ("deadline:50", Deadline),
     ):
         assert isinstance(parse_policy(text), kind)
-    for text in ("", "fixed:x", "rank:", "average", "deadline:-1", "learned"):
-        if text == "rank:":
-            continue  # the default widths
+    for text in ("", "fixed:x", "average", "deadline:-1", "learned"):
         with pytest.raises(errors.InvalidArgumentError):
             parse_policy(text)
 

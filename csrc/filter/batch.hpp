@@ -1,4 +1,4 @@
-// Bulk calls over one generation: a pipeline that hashes and prefetches one block of keys while it
+// Bulk calls over one table: a pipeline that hashes and prefetches one block of keys while it
 // works on the block before. Compiled once per SIMD level (batch.inc.hpp), reached by a table.
 #pragma once
 
@@ -13,14 +13,9 @@ namespace pyruntime::filter {
 struct Kernels {
   // Statuses of keys that were stored (or, with `unique`, were there already) and of those that
   // were not. Returns how many were stored.
-  using Insert = uint64_t (*)(const View&, const uint64_t* keys, size_t n, uint8_t* status,
-                              bool unique);
+  uint64_t (*insert)(const View&, const uint64_t* keys, size_t n, uint8_t* status, bool unique);
   // status: 0 removed, 1 absent. Returns how many were removed.
-  using Remove = uint64_t (*)(const View&, const uint64_t* keys, size_t n, uint8_t* status);
-  Insert insert_shared;
-  Insert insert_exclusive;
-  Remove remove_shared;
-  Remove remove_exclusive;
+  uint64_t (*remove)(const View&, const uint64_t* keys, size_t n, uint8_t* status);
   // out: 1 present, 0 absent. Returns how many were present.
   uint64_t (*contains)(const View&, const uint64_t* keys, size_t n, uint8_t* out);
   // Adds the copies found to out.

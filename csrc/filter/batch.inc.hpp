@@ -50,7 +50,7 @@ inline __attribute__((always_inline)) void pipeline(const View& view, const uint
   }
 }
 
-template <class Exec, int W, int B>
+template <int W, int B>
 uint64_t insert_batch(const View& view, const uint64_t* keys, size_t n, uint8_t* status,
                       bool unique) {
   uint64_t stored = 0;
@@ -59,10 +59,10 @@ uint64_t insert_batch(const View& view, const uint64_t* keys, size_t n, uint8_t*
         uint64_t* const first = view.words + block.first[i];
         uint64_t* const second = view.words + block.second[i];
         Status result = kOk;
-        if (unique && contains<Exec, W, B>(view, locate<W>(view, keys[k]))) {
+        if (unique && contains<Shared, W, B>(view, locate<W>(view, keys[k]))) {
           result = kExists;
-        } else if (!insert_directly<Exec, W, B>(view, first, second, block.fingerprint[i])) {
-          result = insert_by_eviction<Exec, W, B>(view, locate<W>(view, keys[k]));
+        } else if (!insert_directly<Shared, W, B>(view, first, second, block.fingerprint[i])) {
+          result = insert_by_eviction<Shared, W, B>(view, locate<W>(view, keys[k]));
         }
         status[k] = result;
         stored += result == kOk;
@@ -70,16 +70,16 @@ uint64_t insert_batch(const View& view, const uint64_t* keys, size_t n, uint8_t*
   return stored;
 }
 
-template <class Exec, int W, int B>
+template <int W, int B>
 uint64_t remove_batch(const View& view, const uint64_t* keys, size_t n, uint8_t* status) {
   uint64_t removed = 0;
   pipeline<W, B, true>(
       view, keys, n, [&](size_t k, const Block& block, size_t i) __attribute__((always_inline)) {
         const uint32_t segment = block.segment[i];
         const bool found =
-            take<Exec, W, B>(view, segment, view.words + block.first[i], block.fingerprint[i]) ||
-            take<Exec, W, B>(view, segment, view.words + block.second[i], block.fingerprint[i]) ||
-            (Exec::kConcurrent && remove<Exec, W, B>(view, locate<W>(view, keys[k])));
+            take<Shared, W, B>(view, segment, view.words + block.first[i], block.fingerprint[i]) ||
+            take<Shared, W, B>(view, segment, view.words + block.second[i], block.fingerprint[i]) ||
+            remove<Shared, W, B>(view, locate<W>(view, keys[k]));
         status[k] = !found;
         removed += found;
       });
@@ -119,8 +119,7 @@ void count_batch(const View& view, const uint64_t* keys, size_t n, uint32_t* out
 
 template <int W, int B>
 constexpr Kernels make_kernels() {
-  return {insert_batch<Shared, W, B>,    insert_batch<Exclusive, W, B>, remove_batch<Shared, W, B>,
-          remove_batch<Exclusive, W, B>, contains_batch<W, B>,          count_batch<W, B>};
+  return {insert_batch<W, B>, remove_batch<W, B>, contains_batch<W, B>, count_batch<W, B>};
 }
 
 constexpr LevelKernels make_level() {

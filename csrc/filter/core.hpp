@@ -1,4 +1,4 @@
-// What an insert, a lookup and a delete do to the words of one generation, for every execution
+// What an insert, a lookup and a delete do to the words of a table, for every execution
 // space: CPU threads, the CUDA shim and a GPU. After Fan et al., "Cuckoo Filter: Practically Better
 // Than Bloom" (CoNEXT 2014); breadth-first eviction after Dortmann et al. (arXiv 2603.15486).
 //

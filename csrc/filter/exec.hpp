@@ -1,4 +1,4 @@
-// The CPU's execution spaces of core.hpp.
+// The CPU's execution space of core.hpp.
 #pragma once
 
 #include "filter/core.hpp"
@@ -36,26 +36,6 @@ struct Shared {
     while (seen < n && !__atomic_compare_exchange_n(view.counters + which, &seen, n, true,
                                                     __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
     }
-  }
-};
-
-// The caller has the table to itself (gate.hpp).
-struct Exclusive {
-  static constexpr bool kConcurrent = false;
-  PYRT_EXEC_FN uint64_t load(const uint64_t* word) { return *word; }
-  PYRT_EXEC_FN bool cas(uint64_t* word, uint64_t&, uint64_t desired) {
-    *word = desired;
-    return true;
-  }
-  PYRT_EXEC_FN uint32_t epoch(const uint32_t* epoch) { return *epoch; }
-  PYRT_EXEC_FN void bump(uint32_t*) {}
-  PYRT_EXEC_FN void settle() {}
-  PYRT_EXEC_FN void at(Step) {}
-  PYRT_EXEC_FN void count(const View& view, Counter which, uint64_t n) {
-    view.counters[which] += n;
-  }
-  PYRT_EXEC_FN void at_least(const View& view, Counter which, uint64_t n) {
-    if (view.counters[which] < n) view.counters[which] = n;
   }
 };
 

@@ -101,7 +101,7 @@ uint64_t Filter::insert(const uint64_t* keys, size_t n, uint8_t* status, bool un
     status = own.data();
   }
   const uint64_t stored = in_parallel(n, [&](size_t at, size_t count) {
-    return kernels_->insert_shared(view_, keys + at, count, status + at, unique);
+    return kernels_->insert(view_, keys + at, count, status + at, unique);
   });
   occupied_.fetch_add(static_cast<int64_t>(stored), std::memory_order_relaxed);
   if (stored == n) return stored;
@@ -122,7 +122,7 @@ uint64_t Filter::remove(const uint64_t* keys, size_t n, uint8_t* status) {
     status = own.data();
   }
   const uint64_t removed = in_parallel(n, [&](size_t at, size_t count) {
-    return kernels_->remove_shared(view_, keys + at, count, status + at);
+    return kernels_->remove(view_, keys + at, count, status + at);
   });
   occupied_.fetch_sub(static_cast<int64_t>(removed), std::memory_order_relaxed);
   return removed;

@@ -12,8 +12,7 @@
 //
 // A hash h gives the segment by its top bits (h * num_segments >> 64), the first bucket by bits
 // 16..39 and the fingerprint by bits 0..15. These are disjoint up to 2^24 segments, which is the
-// limit. Doubling num_segments splits every segment in two and changes nothing else: that is what
-// lets generations nest (filter.hpp).
+// limit. Doubling num_segments splits every segment in two and changes nothing else.
 //
 // The other bucket is other(b) = (H(f) - b) mod buckets with H(f) odd. It is its own inverse, as an
 // exclusive or would be, and since `buckets` is even and H odd it never is b itself; but unlike an
@@ -41,7 +40,7 @@ inline constexpr uint64_t kMaxSegments = 1ULL << 24;
 // Relaxed statistics of the slow path.
 enum Counter { kMoves = 0, kRetries = 1, kMaxPath = 2, kNumCounters = 3 };
 
-// One generation of a filter. Passed by value, to kernels too.
+// A table. Passed by value, to kernels too.
 struct View {
   uint64_t* words;
   uint32_t* epochs;    // per segment: how often a fingerprint left a bucket (core.hpp)

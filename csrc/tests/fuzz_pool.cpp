@@ -3,38 +3,15 @@
 // still adds up.
 #include <algorithm>
 #include <cstdint>
-#include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <vector>
 
-#include "pyruntime/pyruntime.h"
+#include "support/fuzz_input.hpp"
 
 namespace {
 
-void must(bool holds, const char* what) {
-  if (holds) return;
-  std::fprintf(stderr, "fuzz_pool: %s (last error: %s)\n", what, pyrt_last_error());
-  std::abort();
-}
-
-class Input {
- public:
-  Input(const uint8_t* data, size_t size) : data_(data), size_(size) {}
-  bool empty() const { return at_ >= size_; }
-  uint64_t take(size_t bytes) {
-    uint64_t value = 0;
-    const size_t there = std::min(bytes, size_ - std::min(at_, size_));
-    if (there > 0) std::memcpy(&value, data_ + at_, there);
-    at_ += there;
-    return value;
-  }
-
- private:
-  const uint8_t* data_;
-  size_t size_;
-  size_t at_ = 0;
-};
+using pyruntime::fuzz::Input;
+using pyruntime::fuzz::must;
 
 // Any options at all: the pool is made or the reason is one of the documented ones.
 pyrt_pool* any_options(Input& in, const uint64_t small) {

@@ -241,6 +241,24 @@ INSTANTIATE_TEST_SUITE_P(All, Filters,
                                   std::to_string(info.param.slots);
                          });
 
+// One thread at a time.
+struct Exclusive {
+  static constexpr bool kConcurrent = false;
+  static uint64_t load(const uint64_t* word) { return *word; }
+  static bool cas(uint64_t* word, uint64_t&, uint64_t desired) {
+    *word = desired;
+    return true;
+  }
+  static uint32_t epoch(const uint32_t* epoch) { return *epoch; }
+  static void bump(uint32_t*) {}
+  static void settle() {}
+  static void at(Step) {}
+  static void count(const View& view, Counter which, uint64_t n) { view.counters[which] += n; }
+  static void at_least(const View& view, Counter which, uint64_t n) {
+    if (view.counters[which] < n) view.counters[which] = n;
+  }
+};
+
 // Another operation runs at one of the places where a mover can be interrupted.
 struct Hooked : Exclusive {
   static constexpr bool kConcurrent = true;

@@ -4,16 +4,6 @@
 namespace pyruntime::bindings {
 namespace {
 
-template <class Body>
-void call(Body body) {
-  pyrt_status status;
-  {
-    py::gil_scoped_release release;
-    status = body();
-  }
-  check(status);
-}
-
 py::dict info() {
   pyrt_gpu_info i{};
   i.struct_size = sizeof i;

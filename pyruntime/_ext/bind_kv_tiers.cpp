@@ -31,16 +31,6 @@ Array<uint8_t> export_keys(const py::bytes& secret, const py::bytes& space,
   return keys;
 }
 
-template <class Body>
-void call(Body body) {
-  pyrt_status status;
-  {
-    py::gil_scoped_release release;
-    status = body();
-  }
-  check(status);
-}
-
 class Swap {
  public:
   Swap(uint32_t workers, uint32_t queue_limit, uint64_t delay_ns, uint64_t seed) {

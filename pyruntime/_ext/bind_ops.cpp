@@ -69,16 +69,6 @@ void writeable(const Array<T>& array, const char* name) {
   if (!array.writeable()) refuse(std::string(name) + " must be writeable");
 }
 
-template <class Body>
-void call(Body body) {
-  pyrt_status status;
-  {
-    py::gil_scoped_release release;
-    status = body();
-  }
-  check(status);
-}
-
 void linear(const Floats& x, const Floats& weight, const OptionalFloats& bias, const Floats& out) {
   int64_t x_stride, weight_stride, out_stride;
   const float* xs = matrix(x, -1, -1, &x_stride, "x");

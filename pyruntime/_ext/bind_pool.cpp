@@ -75,16 +75,6 @@ class Pool {
   }
 
  private:
-  template <class Body>
-  static void call(Body body) {
-    pyrt_status status;
-    {
-      py::gil_scoped_release release;
-      status = body();
-    }
-    check(status);
-  }
-
   pyrt_pool* pool_ = nullptr;
 };
 

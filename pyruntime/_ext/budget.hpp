@@ -8,16 +8,6 @@
 namespace pyruntime::bindings {
 
 // Runs `body` without the GIL: it may wait for callbacks that need it.
-template <class Body>
-void call(Body body) {
-  pyrt_status status;
-  {
-    py::gil_scoped_release release;
-    status = body();
-  }
-  check(status);
-}
-
 class Budget {
  public:
   explicit Budget(uint64_t limit_bytes) { check(pyrt_budget_create(limit_bytes, &budget_)); }

@@ -13,6 +13,17 @@ namespace pyruntime::bindings {
 // The GIL must be held.
 void check(pyrt_status status);
 
+// check(body()) with the GIL released meanwhile.
+template <class Body>
+void call(Body body) {
+  pyrt_status status;
+  {
+    py::gil_scoped_release release;
+    status = body();
+  }
+  check(status);
+}
+
 void bind_runtime(py::module_& m);
 void bind_arena(py::module_& m);
 void bind_budget(py::module_& m);

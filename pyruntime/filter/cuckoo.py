@@ -57,7 +57,8 @@ class CuckooFilter:
     (lists, numpy ``S`` arrays; text counts as its UTF-8), not both in one filter. Arrays that are
     contiguous 64-bit integers are not copied. Signed keys count modulo 2**64.
 
-    Thread-safe; calls on many keys release the GIL. Source: Fan et al., "Cuckoo Filter:
+    Thread-safe, but `status` is that of the latest call of any thread; calls on many keys release
+    the GIL. Source: Fan et al., "Cuckoo Filter:
     Practically Better Than Bloom" (CoNEXT 2014).
 
     Examples

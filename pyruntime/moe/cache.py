@@ -113,8 +113,9 @@ class ExpertCache:
             deterministic,
             not deterministic,
         )
+        widest = self.policy.level if isinstance(self.policy, Fixed) else store.levels - 1
         self._expert_bytes = sum(
-            store.extent(store.layers[0], 0, level).bytes for level in range(store.levels)
+            store.extent(store.layers[0], 0, level).bytes for level in range(widest + 1)
         )
 
     def _live(self) -> _native.MoeCache:
@@ -156,7 +157,10 @@ class ExpertCache:
         return failed
 
     def expert_bytes(self, layer: int) -> int:
-        """Return the bytes of one expert at its widest."""
+        """Return the bytes of one expert at the fixed width, or at its widest.
+
+        With a policy that chooses by token this is an upper bound; `stats()` counts what was read.
+        """
         return self._expert_bytes
 
     def missing_bytes(self, layer: int, experts: Ints, level: int) -> int:

@@ -49,7 +49,7 @@ Bits = Annotated[
 ]
 MemoryBudget = Annotated[
     int | None,
-    typer.Option(help="MiB for weights, experts, KV cache and activations together.", min=1),
+    typer.Option(help="MiB per worker for weights, experts, KV cache and activations.", min=1),
 ]
 BitPolicy = Annotated[
     str | None,
