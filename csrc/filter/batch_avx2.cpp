@@ -13,8 +13,10 @@ namespace pyruntime::filter {
 
 namespace avx2 {
 
-#include "filter/batch.inc.hpp"
 #include "filter/hit_vector.inc.hpp"
+
+// Calls what the one above defines.
+#include "filter/batch.inc.hpp"
 
 }  // namespace avx2
 
