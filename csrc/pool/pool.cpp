@@ -55,6 +55,7 @@ Pool::Pool(const Options& options)
                   .units_for(checked_limit(options)),
               region_options(options)),
       limit_(checked_limit(options)),
+      last_offset_(geometry().offset_of(limit_ - 1)),
       available_(0),
       magazine_items_(magazine_items(options, limit_)),
       serial_(next_serial()) {
@@ -87,7 +88,10 @@ Pool::~Pool() {
   if (states_ != nullptr) base::os::unreserve(states_, states_bytes_);
 }
 
-Cache* Pool::cache() noexcept { return thread_cache(*this, slot_, serial_); }
+Cache* Pool::cache() noexcept {
+  Cache* const cache = existing_thread_cache(slot_, serial_);
+  return cache != nullptr ? cache : make_thread_cache(*this, slot_, serial_);
+}
 
 void* Pool::get() noexcept {
   Cache* const c = cache();
@@ -120,9 +124,20 @@ void* Pool::get() noexcept {
 }
 
 pyrt_status Pool::put(void* object) noexcept {
-  if (!owns(object)) [[unlikely]]
+  if (states_ != nullptr) return put_bulk(&object, 1);
+  if (!owns(object) || forked_away()) [[unlikely]]
     return forked_away() ? PYRT_ESTATE : PYRT_EINVAL;
-  return put_bulk(&object, 1);
+  Cache* const c = cache();
+  if (c == nullptr) return PYRT_ENOMEM;
+  // The common case of give_back, which takes the rest.
+  if (c->enter()) [[likely]] {
+    const bool room = c->len != c->capacity;
+    if (room) c->cur->items[c->len++] = object;
+    c->leave();
+    if (room) return PYRT_OK;
+  }
+  give_back(*c, &object, 1);
+  return PYRT_OK;
 }
 
 bool Pool::get_bulk(void** out, size_t n) noexcept {
@@ -162,12 +177,9 @@ bool Pool::get_bulk(void** out, size_t n) noexcept {
 }
 
 pyrt_status Pool::put_bulk(void* const* objects, size_t n) noexcept {
-  for (size_t i = 0; i < n; ++i) {
-    if (!owns(objects[i])) [[unlikely]]
-      return forked_away() ? PYRT_ESTATE : PYRT_EINVAL;
+  if (!owns_all_(bounds(), objects, n) || forked_away()) [[unlikely]] {
+    return forked_away() ? PYRT_ESTATE : PYRT_EINVAL;
   }
-  if (forked_away()) [[unlikely]]
-    return PYRT_ESTATE;
   Cache* const c = cache();
   if (c == nullptr) return PYRT_ENOMEM;
   if (states_ != nullptr) [[unlikely]] {

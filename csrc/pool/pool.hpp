@@ -34,12 +34,14 @@
 // Complexity. O(1), amortised 1/capacity depot exchanges; exhaustion and trim O(threads + objects).
 #pragma once
 
+#include <algorithm>
 #include <memory>
 #include <mutex>
 #include <vector>
 
 #include "pool/cache.hpp"
 #include "pool/depot.hpp"
+#include "pool/owns.hpp"
 #include "pool/region.hpp"
 #include "pyruntime/pool.h"
 
@@ -76,11 +78,7 @@ class Pool {
   // Status and message of the last refused put, for the C ABI; built off the hot path.
   void describe_refusal(pyrt_status status, const void* object, char* text, size_t size) const;
 
-  bool owns(const void* object) const noexcept {
-    const auto offset = static_cast<size_t>(static_cast<const char*>(object) - region_.base());
-    return offset < region_.committed_bytes() && geometry().is_object(offset) &&
-           geometry().index_of(offset) < limit_;
-  }
+  bool owns(const void* object) const noexcept { return bounds().has(object); }
   const Geometry& geometry() const { return region_.geometry(); }
   const Region& region() const { return region_; }
   uint64_t max_capacity() const { return limit_; }
@@ -103,6 +101,11 @@ class Pool {
 
  private:
   Cache* cache() noexcept;
+  Bounds bounds() const noexcept {
+    const Geometry& g = geometry();
+    return {region_.base(), std::min(last_offset_ + 1, region_.committed_bytes()), g.unit_bytes - 1,
+            g.used_bytes, g.reciprocal};
+  }
   void give_back(Cache& cache, void* const* objects, size_t n) noexcept;
   bool refill(Cache& cache) noexcept;
   bool spill(Cache& cache) noexcept;
@@ -131,7 +134,9 @@ class Pool {
 
   const Options options_;
   Region region_;
-  const uint64_t limit_;             // objects at most
+  const uint64_t limit_;      // objects at most
+  const size_t last_offset_;  // of the last of them
+  const OwnsAll owns_all_ = owns_all();
   std::atomic<uint64_t> available_;  // objects of committed units, at most limit_
   std::atomic<uint64_t> carved_{0};  // objects ever put into circulation: 0 .. carved_ - 1
   uint32_t magazine_items_;

@@ -49,6 +49,7 @@ Geometry Geometry::of(size_t object_bytes, size_t align, bool guard) {
     if (bytes - g.per_unit * g.stride <= bytes / 16) break;
   }
   g.reciprocal = ~uint64_t{0} / g.stride + 1;
+  g.used_bytes = uint64_t{g.per_unit} * g.stride;
   return g;
 }
 

@@ -34,6 +34,7 @@ struct Geometry {
   uint32_t unit_shift = 0;
   uint32_t per_unit = 0;    // objects in a unit
   uint64_t reciprocal = 0;  // ceil(2^64 / stride): exact quotients for 32-bit dividends
+  uint64_t used_bytes = 0;  // of a unit: per_unit * stride
 
   // align 0: natural, and coloured. guard: a page of its own behind each object.
   static Geometry of(size_t object_bytes, size_t align, bool guard);
@@ -42,12 +43,6 @@ struct Geometry {
 
   size_t offset_of(uint64_t index) const {
     return ((index / per_unit) << unit_shift) + (index % per_unit) * stride;
-  }
-
-  // True when `offset` from the base is the first byte of an object.
-  bool is_object(size_t offset) const {
-    const uint64_t within = offset & (unit_bytes - 1);
-    return within < uint64_t{per_unit} * stride && within * reciprocal < reciprocal;
   }
 
   uint64_t index_of(size_t offset) const {

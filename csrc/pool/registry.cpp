@@ -10,19 +10,10 @@
 #include "pool/pool.hpp"
 
 namespace pyruntime::pool {
+
+constinit thread_local ThreadTable* thread_table = nullptr;
+
 namespace {
-
-struct Entry {
-  uint64_t serial;
-  Cache* cache;
-};
-
-struct ThreadTable {
-  uint32_t size;
-  Entry entries[];
-};
-
-constinit thread_local ThreadTable* table = nullptr;
 
 struct Registry {
   std::mutex mutex;
@@ -48,12 +39,13 @@ Registry& registry() {
 
 void clean_up(void* pointer) {
   auto* ending = static_cast<ThreadTable*>(pointer);
-  table = nullptr;  // a later get of this thread starts a new table, and a new round of clean_up
+  thread_table =
+      nullptr;  // a later get of this thread starts a new table, and a new round of clean_up
   Registry& r = registry();
   std::scoped_lock lock(r.mutex);
   for (uint32_t slot = 0; slot < ending->size && slot < r.pools.size(); ++slot) {
     Pool* pool = r.pools[slot];
-    const Entry& entry = ending->entries[slot];
+    const ThreadTable::Entry& entry = ending->entries[slot];
     if (pool != nullptr && entry.cache != nullptr && pool->serial() == entry.serial) {
       pool->retire(entry.cache);
     }
@@ -62,19 +54,19 @@ void clean_up(void* pointer) {
 }
 
 bool grow_table(uint32_t slot) noexcept {
-  const uint32_t old_size = table == nullptr ? 0 : table->size;
+  const uint32_t old_size = thread_table == nullptr ? 0 : thread_table->size;
   const uint32_t size = std::max(slot + 1, std::max(8u, 2 * old_size));
-  auto* grown =
-      static_cast<ThreadTable*>(std::calloc(1, sizeof(ThreadTable) + size * sizeof(Entry)));
+  auto* grown = static_cast<ThreadTable*>(
+      std::calloc(1, sizeof(ThreadTable) + size * sizeof(ThreadTable::Entry)));
   if (grown == nullptr) return false;
   grown->size = size;
-  for (uint32_t i = 0; i < old_size; ++i) grown->entries[i] = table->entries[i];
+  for (uint32_t i = 0; i < old_size; ++i) grown->entries[i] = thread_table->entries[i];
   if (pthread_setspecific(registry().janitor, grown) != 0) {
     std::free(grown);
     return false;
   }
-  std::free(table);
-  table = grown;
+  std::free(thread_table);
+  thread_table = grown;
   return true;
 }
 
@@ -107,20 +99,12 @@ void after_fork_in_child() {
 
 }  // namespace
 
-Cache* existing_thread_cache(uint32_t slot, uint64_t serial) noexcept {
-  if (table == nullptr || slot >= table->size) return nullptr;
-  const Entry& entry = table->entries[slot];
-  return entry.serial == serial ? entry.cache : nullptr;
-}
-
-Cache* thread_cache(Pool& pool, uint32_t slot, uint64_t serial) noexcept {
-  if (Cache* cache = existing_thread_cache(slot, serial)) [[likely]]
-    return cache;
-  if (table == nullptr || slot >= table->size) {
+Cache* make_thread_cache(Pool& pool, uint32_t slot, uint64_t serial) noexcept {
+  if (thread_table == nullptr || slot >= thread_table->size) {
     if (!grow_table(slot)) return nullptr;
   }
   Cache* cache = pool.take_cache();
-  if (cache != nullptr) table->entries[slot] = {serial, cache};
+  if (cache != nullptr) thread_table->entries[slot] = {serial, cache};
   return cache;
 }
 

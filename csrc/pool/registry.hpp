@@ -6,6 +6,7 @@
 // mutex, so that no pool is destroyed meanwhile. It also installs the fork handlers.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 namespace pyruntime::pool {
@@ -13,11 +14,30 @@ namespace pyruntime::pool {
 class Pool;
 struct Cache;
 
-// The calling thread's cache of `pool`, made on first use; nullptr when there is no memory.
-Cache* thread_cache(Pool& pool, uint32_t slot, uint64_t serial) noexcept;
+struct ThreadTable {
+  struct Entry {
+    uint64_t serial;
+    Cache* cache;
+  };
+  uint32_t size;
+  Entry entries[];
+};
+
+// Declared constinit so that no access goes through an initialiser. CMakeLists.txt gives the files
+// that read it TLS descriptors where the machine has them: nearly as fast as static TLS, and still
+// loadable when that is exhausted.
+extern constinit thread_local ThreadTable* thread_table;
 
 // The calling thread's cache if it has one already.
-Cache* existing_thread_cache(uint32_t slot, uint64_t serial) noexcept;
+inline Cache* existing_thread_cache(uint32_t slot, uint64_t serial) noexcept {
+  const ThreadTable* const table = thread_table;
+  if (table == nullptr || slot >= table->size) return nullptr;
+  const ThreadTable::Entry& entry = table->entries[slot];
+  return entry.serial == serial ? entry.cache : nullptr;
+}
+
+// Makes the calling thread's cache of `pool`; nullptr when there is no memory.
+Cache* make_thread_cache(Pool& pool, uint32_t slot, uint64_t serial) noexcept;
 
 uint64_t next_serial() noexcept;
 
