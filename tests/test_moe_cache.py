@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pyruntime import LLM, errors
+from pyruntime.engine.llm import make_loop
 from pyruntime.engine.quantize import quantize
 from pyruntime.models import shipped
 from pyruntime.moe import (
@@ -205,6 +206,8 @@ def test_what_is_refused(directory, store):
         ExpertCache(store, 64 << 20, policy=Fixed(3))
     with pytest.raises(errors.CapacityError, match="leaves nothing for experts"):
         LLM(directory, memory_budget=4 << 20)
+    with pytest.raises(errors.CapacityError, match="leaves nothing for experts"):
+        make_loop(directory, policy="swap", swap_bytes=256 << 20, memory_budget=256 << 20)
     with pytest.raises(errors.InvalidArgumentError, match="quantize"):
         LLM(shipped(), memory_budget=256 << 20)
     with pytest.raises(errors.InvalidArgumentError, match="not both"):

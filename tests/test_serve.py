@@ -128,6 +128,7 @@ def test_stop_strings_seeds_and_choices(client):
 
 
 def test_models_health_metrics_status(server, client):
+    client.completions.create(model="tiny-moe", prompt="import os", max_tokens=2)
     assert [model.id for model in client.models.list()] == ["tiny-moe"]
     assert httpx.get(f"{server.url}/health").json() == {"status": "ok"}
     metrics = httpx.get(f"{server.url}/metrics").text

@@ -59,7 +59,8 @@ def make_loop(
         is taken as blocks are first written; prompts that were served stay until it is full.
     max_running, max_queued : int
     swap_bytes : int, default 0
-        Memory for preempted requests' keys and values; only policy ``swap`` uses it.
+        Memory for preempted requests' keys and values; only policy ``swap`` uses it. It counts in
+        the memory budget.
     bits : int, optional
         Width of a quantized model's experts; its widest by default.
     memory_budget : int, optional
@@ -104,7 +105,12 @@ def make_loop(
         if memory_budget is not None:
             tokens = max(hidden_tokens, STEP_TOKENS) + max_running
             plan = plan_memory(
-                memory_budget, config, weights.dense_bytes, kv_bytes, tokens, max_running
+                memory_budget,
+                config,
+                weights.dense_bytes,
+                kv_bytes + swap_bytes,
+                tokens,
+                max_running,
             )
             logging.getLogger(__name__).info("memory budget: %s", plan)
             memory, scratch = plan.experts, plan.scratch

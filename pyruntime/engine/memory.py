@@ -24,7 +24,7 @@ class MemoryPlan:
     budget: int
     dense: int
     kv: int
-    """Keys and values, and hidden states kept between layer slices."""
+    """Keys and values, here and swapped out, and hidden states kept between layer slices."""
     activations: int
     scratch: int
     """Of the experts' kernels."""
