@@ -14,6 +14,9 @@ struct pyrt_pool : Pool {
   using Pool::Pool;
 };
 
+// A cache by the name that the ABI knows it by.
+struct pyrt_pool_cache : pool::Cache {};
+
 namespace {
 
 constexpr uint32_t kMaxCheck = PYRT_CHECK_GUARD;
@@ -48,8 +51,18 @@ pool::Options convert(const pyrt_pool_options& given) {
   return out;
 }
 
-pyrt_status refuse(const Pool& pool, pyrt_status status, const void* object) {
-  if (status == PYRT_OK) return status;
+pyrt_status check_list(const Pool& pool, void* const* objects, size_t n) {
+  if (objects == nullptr) return capi::set_error(PYRT_EINVAL, "objects must not be NULL");
+  if (n > pool.max_capacity()) {
+    return capi::set_error(PYRT_EINVAL, "n exceeds the objects the pool ever had out");
+  }
+  return PYRT_OK;
+}
+
+pyrt_status refuse(const Pool& pool, pyrt_status status, const void* object, bool lost = false) {
+  if (lost) {
+    return capi::set_error(status, "the fork caught this cache at work; make one of this process");
+  }
   if (status == PYRT_ENOMEM) {
     return capi::set_error(status, "no memory for this thread's cache; the object is still yours");
   }
@@ -66,7 +79,8 @@ const void* culprit(const Pool& pool, void* const* objects, size_t n) {
   return objects[0];
 }
 
-void exhausted(const Pool& pool, size_t n) {
+void exhausted(const Pool& pool, size_t n, bool lost = false) {
+  if (lost) fail(PYRT_ESTATE, "the fork caught this cache at work; make one of this process");
   if (pool.forked_away()) fail(PYRT_ESTATE, "the pool is excluded from forked children");
   fail(PYRT_EFULL,
        "the pool of %llu objects cannot hand out %zu more; release some or raise max_capacity",
@@ -97,6 +111,10 @@ pyrt_status pyrt_pool_create(const pyrt_pool_options* options, pyrt_pool** out) 
 pyrt_status pyrt_pool_destroy(pyrt_pool* pool, int32_t force) noexcept {
   if (pool == nullptr) return PYRT_OK;
   return capi::guard([&] {
+    if (const uint64_t handles = force ? 0 : pool->handles()) {
+      fail(PYRT_ESTATE, "%llu caches of the pool are still there; destroy them first, or force it",
+           static_cast<unsigned long long>(handles));
+    }
     const uint64_t out = force ? 0 : pool->objects_out();
     if (out != 0) {
       fail(PYRT_ESTATE, "%llu objects are still out; release them or destroy with force",
@@ -126,13 +144,57 @@ pyrt_status pyrt_pool_get_bulk(pyrt_pool* pool, void** out, size_t n) noexcept {
 pyrt_status pyrt_pool_put_bulk(pyrt_pool* pool, void* const* objects, size_t n) noexcept {
   if (pool == nullptr) return capi::set_error(PYRT_EINVAL, "pool must not be NULL");
   if (n == 0) return PYRT_OK;
-  if (objects == nullptr) return capi::set_error(PYRT_EINVAL, "objects must not be NULL");
-  if (n > pool->max_capacity()) {
-    return capi::set_error(PYRT_EINVAL, "n exceeds the objects the pool ever had out");
-  }
+  if (const pyrt_status status = check_list(*pool, objects, n); status != PYRT_OK) return status;
   const pyrt_status status = pool->put_bulk(objects, n);
   return status == PYRT_OK ? status : refuse(*pool, status, culprit(*pool, objects, n));
 }
+
+pyrt_status pyrt_pool_cache_create(pyrt_pool* pool, pyrt_pool_cache** out) noexcept {
+  return capi::guard([&] {
+    capi::require(pool, "pool");
+    capi::require(out, "out");
+    if (pool->forked_away()) fail(PYRT_ESTATE, "the pool is excluded from forked children");
+    pool::Cache* const cache = pool->take_cache(true);
+    if (cache == nullptr) fail(PYRT_ENOMEM, "no memory for a cache of the pool");
+    *out = static_cast<pyrt_pool_cache*>(cache);
+  });
+}
+
+pyrt_status pyrt_pool_cache_destroy(pyrt_pool_cache* cache) noexcept {
+  if (cache == nullptr) return PYRT_OK;
+  return capi::guard([&] { cache->pool->retire(cache); });
+}
+
+void* pyrt_pool_cache_get(pyrt_pool_cache* cache) noexcept {
+  return cache == nullptr ? nullptr : cache->pool->get(*cache);
+}
+
+pyrt_status pyrt_pool_cache_put(pyrt_pool_cache* cache, void* object) noexcept {
+  if (cache == nullptr) return capi::set_error(PYRT_EINVAL, "cache must not be NULL");
+  const pyrt_status status = cache->pool->put(*cache, object);
+  return status == PYRT_OK ? status : refuse(*cache->pool, status, object, cache->lost);
+}
+
+pyrt_status pyrt_pool_cache_get_bulk(pyrt_pool_cache* cache, void** out, size_t n) noexcept {
+  return capi::guard([&] {
+    capi::require(cache, "cache");
+    if (n == 0) return;
+    capi::require_array(out, "out");
+    if (!cache->pool->get_bulk(*cache, out, n)) exhausted(*cache->pool, n, cache->lost);
+  });
+}
+
+pyrt_status pyrt_pool_cache_put_bulk(pyrt_pool_cache* cache, void* const* objects,
+                                     size_t n) noexcept {
+  if (cache == nullptr) return capi::set_error(PYRT_EINVAL, "cache must not be NULL");
+  if (n == 0) return PYRT_OK;
+  const Pool& pool = *cache->pool;
+  if (const pyrt_status status = check_list(pool, objects, n); status != PYRT_OK) return status;
+  const pyrt_status status = cache->pool->put_bulk(*cache, objects, n);
+  return status == PYRT_OK ? status : refuse(pool, status, culprit(pool, objects, n), cache->lost);
+}
+
+uint32_t pyrt_pool_cache_layout(void) noexcept { return kPoolCacheLayout; }
 
 pyrt_status pyrt_pool_get_indices(pyrt_pool* pool, uint32_t* out, size_t n) noexcept {
   return capi::guard([&] {

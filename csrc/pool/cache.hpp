@@ -1,6 +1,6 @@
 // The per-thread half of the pool: two magazines and an asymmetric lock.
 //
-//   cur  items[0 .. len)      the magazine gets and puts work on
+//   cur  items[0 .. len)      the magazine gets and puts work on (pyruntime/pool_cache.hpp)
 //   alt  all or nothing       full if alt_full, else empty
 //
 // A get pops cur, a put pushes it; only after a whole magazine of one-way operations does a thread
@@ -21,51 +21,37 @@
 #include <cstdint>
 
 #include "pool/depot.hpp"
+#include "pyruntime/pool_cache.hpp"
 
 namespace pyruntime::pool {
 
 class Pool;
 
-struct alignas(64) Cache {
-  enum Activity : uint32_t { idle = 0, simple = 1, exchanging = 2 };
-
-  std::atomic<uint32_t> active{idle};
-  std::atomic<uint32_t> locked{0};
-  uint32_t len = 0;
-  uint32_t capacity = 0;  // items of a full magazine in this pool
-  Magazine* cur = nullptr;
+struct Cache : PoolCacheHead {
+  Magazine* cur = nullptr;  // `items` are its
   Magazine* alt = nullptr;
   bool alt_full = false;
-  bool fenced = false;
-  bool in_use = false;  // guarded by the pool's mutex
+  bool in_use = false;  // guarded by the pool's mutex, as the next two
+  bool handle = false;  // an explicit one, no thread's
+  bool lost = false;    // a fork caught it in mid exchange
   Pool* pool = nullptr;
 
   // Single writer (the owner, or who holds the lock); read by anyone for statistics.
-  std::atomic<uint64_t> gets{0};
   std::atomic<uint64_t> received{0};   // objects that came from the depot
   std::atomic<uint64_t> delivered{0};  // objects that went to the depot
   std::atomic<uint64_t> refills{0};
   std::atomic<uint64_t> spills{0};
   std::atomic<uint64_t> failures{0};
 
+  void use(Magazine* magazine, uint32_t objects) noexcept {
+    cur = magazine;
+    items = magazine->items;
+    len = objects;
+  }
+
   static void add(std::atomic<uint64_t>& counter, uint64_t n) noexcept {
     counter.store(counter.load(std::memory_order_relaxed) + n, std::memory_order_relaxed);
   }
-
-  // False when another thread holds the cache: leave() was not needed, take the slow path.
-  bool enter() noexcept {
-    if (fenced) {
-      active.store(simple, std::memory_order_seq_cst);
-      if (locked.load(std::memory_order_seq_cst) == 0) return true;
-    } else {
-      active.store(simple, std::memory_order_relaxed);
-      std::atomic_signal_fence(std::memory_order_seq_cst);
-      if (locked.load(std::memory_order_acquire) == 0) return true;
-    }
-    leave();
-    return false;
-  }
-  void leave() noexcept { active.store(idle, std::memory_order_release); }
 
   // Between these two a fork in another thread would see the magazines in mid exchange.
   void begin_exchange() noexcept {

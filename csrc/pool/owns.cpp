@@ -4,7 +4,7 @@
 
 namespace pyruntime::pool {
 
-bool owns_all_scalar(const Bounds& bounds, void* const* objects, size_t n) noexcept {
+bool owns_all_scalar(const PoolBounds& bounds, void* const* objects, size_t n) noexcept {
   bool all = true;
   for (size_t i = 0; i < n; ++i) all &= bounds.has(objects[i]);
   return all;

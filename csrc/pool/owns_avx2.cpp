@@ -10,12 +10,11 @@
 
 namespace pyruntime::pool {
 
-bool owns_all_avx2(const Bounds& bounds, void* const* objects, size_t n) noexcept {
+bool owns_all_avx2(const PoolBounds& bounds, void* const* objects, size_t n) noexcept {
   const uint64_t sign = uint64_t{1} << 63;  // there is no unsigned comparison
-  const __m256i base =
-      _mm256_set1_epi64x(static_cast<long long>(reinterpret_cast<uintptr_t>(bounds.base)));
-  const __m256i last = _mm256_set1_epi64x(
-      static_cast<long long>(bounds.end - 1));  // end is at least 1, and below 2^63
+  const __m256i base = _mm256_set1_epi64x(static_cast<long long>(bounds.base));
+  const __m256i last = _mm256_set1_epi64x(static_cast<long long>(
+      bounds.end.load(std::memory_order_acquire) - 1));  // end is at least 1, and below 2^63
   const __m256i mask = _mm256_set1_epi64x(static_cast<long long>(bounds.unit_mask));
   const __m256i last_used = _mm256_set1_epi64x(static_cast<long long>(bounds.used_bytes - 1));
   const __m256i reciprocal = _mm256_set1_epi64x(static_cast<long long>(bounds.reciprocal));

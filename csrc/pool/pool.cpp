@@ -67,6 +67,12 @@ Pool::Pool(const Options& options)
            first_units * geometry().unit_bytes);
     }
   }
+  const Geometry& g = geometry();
+  bounds_.base = reinterpret_cast<uintptr_t>(region_.base());
+  bounds_.unit_mask = g.unit_bytes - 1;
+  bounds_.used_bytes = g.used_bytes;
+  bounds_.reciprocal = g.reciprocal;
+  widen_bounds();
   available_ = std::min(limit_, first_units * geometry().per_unit);
   if (options.check != Check::range) {
     states_bytes_ = (limit_ + base::os::page_bytes() - 1) & ~(base::os::page_bytes() - 1);
@@ -88,79 +94,75 @@ Pool::~Pool() {
   if (states_ != nullptr) base::os::unreserve(states_, states_bytes_);
 }
 
-Cache* Pool::cache() noexcept {
+void Pool::widen_bounds() noexcept {
+  bounds_.end.store(std::min(last_offset_ + 1, region_.committed_bytes()),
+                    std::memory_order_release);
+}
+
+Cache* Pool::thread_cache() noexcept {
   Cache* const cache = existing_thread_cache(slot_, serial_);
   return cache != nullptr ? cache : make_thread_cache(*this, slot_, serial_);
 }
 
-void* Pool::get() noexcept {
-  Cache* const c = cache();
-  if (c == nullptr) return nullptr;
+void* Pool::get(Cache& c) noexcept {
+  if (void* const object = c.try_get()) [[likely]]
+    return object;
+  return get_slowly(c);
+}
+
+void* Pool::get_slowly(Cache& c) noexcept {
   void* object;
   for (;;) {
-    if (!c->enter()) [[unlikely]] {
-      if (forked_away()) return nullptr;
+    if (!c.enter()) [[unlikely]] {
+      if (unusable(c)) return nullptr;
       wait_for_lock_holder();
       continue;
     }
-    if (c->len != 0 || refill(*c)) [[likely]] {
-      object = c->cur->items[--c->len];
-      Cache::add(c->gets, 1);
-      c->leave();
+    if (c.len != 0 || refill(c)) [[likely]] {
+      object = c.items[--c.len];
+      Cache::add(c.gets, 1);
+      c.leave();
       break;
     }
-    c->leave();
-    object = get_when_exhausted(*c);
+    c.leave();
+    object = get_when_exhausted(c);
     if (object == nullptr) return nullptr;
     break;
   }
   if (states_ != nullptr) [[unlikely]] {
     if (!mark_out(object)) {
-      put(object);
+      put(c, object);
       return nullptr;
     }
   }
   return object;
 }
 
-pyrt_status Pool::put(void* object) noexcept {
-  if (states_ != nullptr) return put_bulk(&object, 1);
-  if (!owns(object) || forked_away()) [[unlikely]]
-    return forked_away() ? PYRT_ESTATE : PYRT_EINVAL;
-  Cache* const c = cache();
-  if (c == nullptr) return PYRT_ENOMEM;
-  // The common case of give_back, which takes the rest.
-  if (c->enter()) [[likely]] {
-    const bool room = c->len != c->capacity;
-    if (room) c->cur->items[c->len++] = object;
-    c->leave();
-    if (room) return PYRT_OK;
-  }
-  give_back(*c, &object, 1);
-  return PYRT_OK;
+pyrt_status Pool::put(Cache& c, void* object) noexcept {
+  if (c.try_put(object)) [[likely]]
+    return PYRT_OK;
+  return put_bulk(c, &object, 1);
 }
 
-bool Pool::get_bulk(void** out, size_t n) noexcept {
-  Cache* const c = cache();
-  if (c == nullptr) return false;
+bool Pool::get_bulk(Cache& c, void** out, size_t n) noexcept {
   size_t done = 0;
   while (done < n) {
-    if (!c->enter()) [[unlikely]] {
-      if (forked_away()) return false;
+    if (!c.enter()) [[unlikely]] {
+      if (unusable(c)) return false;
       wait_for_lock_holder();
       continue;
     }
-    if (c->len != 0 || refill(*c)) [[likely]] {
-      const size_t take = std::min<size_t>(n - done, c->len);
-      c->len -= static_cast<uint32_t>(take);
-      std::memcpy(out + done, c->cur->items + c->len, take * sizeof(void*));
-      Cache::add(c->gets, take);
+    if (c.len != 0 || refill(c)) [[likely]] {
+      const size_t take = std::min<size_t>(n - done, c.len);
+      c.len -= static_cast<uint32_t>(take);
+      std::memcpy(out + done, c.items + c.len, take * sizeof(void*));
+      Cache::add(c.gets, take);
       done += take;
-      c->leave();
+      c.leave();
       continue;
     }
-    c->leave();
-    void* const object = get_when_exhausted(*c);
+    c.leave();
+    void* const object = get_when_exhausted(c);
     if (object == nullptr) break;
     out[done++] = object;
   }
@@ -172,20 +174,19 @@ bool Pool::get_bulk(void** out, size_t n) noexcept {
   if (states_ != nullptr) {
     for (size_t i = 0; i < marked; ++i) mark_free(out[i]);
   }
-  give_back(*c, out, done);
+  give_back(c, out, done);
   return false;
 }
 
-pyrt_status Pool::put_bulk(void* const* objects, size_t n) noexcept {
-  if (!owns_all_(bounds(), objects, n) || forked_away()) [[unlikely]] {
-    return forked_away() ? PYRT_ESTATE : PYRT_EINVAL;
-  }
-  Cache* const c = cache();
-  if (c == nullptr) return PYRT_ENOMEM;
+pyrt_status Pool::put_bulk(Cache& c, void* const* objects, size_t n) noexcept {
+  if (unusable(c)) [[unlikely]]
+    return PYRT_ESTATE;
+  if (!owns_all_(bounds_, objects, n)) [[unlikely]]
+    return PYRT_EINVAL;
   if (states_ != nullptr) [[unlikely]] {
     if (!mark_all_free(objects, n)) return PYRT_ESTATE;
   }
-  give_back(*c, objects, n);
+  give_back(c, objects, n);
   return PYRT_OK;
 }
 
@@ -201,7 +202,7 @@ void Pool::give_back(Cache& c, void* const* objects, size_t n) noexcept {
       continue;
     }
     const size_t take = std::min<size_t>(n - done, c.capacity - c.len);
-    std::memcpy(c.cur->items + c.len, objects + done, take * sizeof(void*));
+    std::memcpy(c.items + c.len, objects + done, take * sizeof(void*));
     c.len += static_cast<uint32_t>(take);
     done += take;
     c.leave();

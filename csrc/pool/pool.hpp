@@ -34,7 +34,6 @@
 // Complexity. O(1), amortised 1/capacity depot exchanges; exhaustion and trim O(threads + objects).
 #pragma once
 
-#include <algorithm>
 #include <memory>
 #include <mutex>
 #include <vector>
@@ -70,18 +69,40 @@ class Pool {
   Pool(const Pool&) = delete;
   Pool& operator=(const Pool&) = delete;
 
-  void* get() noexcept;
-  pyrt_status put(void* object) noexcept;
-  bool get_bulk(void** out, size_t n) noexcept;
-  pyrt_status put_bulk(void* const* objects, size_t n) noexcept;
+  // Through the calling thread's cache, which is made on first use.
+  void* get() noexcept {
+    Cache* const c = thread_cache();
+    return c == nullptr ? nullptr : get(*c);
+  }
+  pyrt_status put(void* object) noexcept {
+    Cache* const c = thread_cache();
+    return c == nullptr ? PYRT_ENOMEM : put(*c, object);
+  }
+  bool get_bulk(void** out, size_t n) noexcept {
+    Cache* const c = thread_cache();
+    return c != nullptr && get_bulk(*c, out, n);
+  }
+  pyrt_status put_bulk(void* const* objects, size_t n) noexcept {
+    Cache* const c = thread_cache();
+    return c == nullptr ? PYRT_ENOMEM : put_bulk(*c, objects, n);
+  }
+
+  // Through an explicit one, which one thread at a time may use.
+  void* get(Cache& cache) noexcept;
+  pyrt_status put(Cache& cache, void* object) noexcept;
+  bool get_bulk(Cache& cache, void** out, size_t n) noexcept;
+  pyrt_status put_bulk(Cache& cache, void* const* objects, size_t n) noexcept;
+  uint64_t handles();  // explicit caches in use
 
   // Status and message of the last refused put, for the C ABI; built off the hot path.
   void describe_refusal(pyrt_status status, const void* object, char* text, size_t size) const;
 
-  bool owns(const void* object) const noexcept { return bounds().has(object); }
+  bool owns(const void* object) const noexcept { return bounds_.has(object); }
   const Geometry& geometry() const { return region_.geometry(); }
   const Region& region() const { return region_; }
   uint64_t max_capacity() const { return limit_; }
+  // A cache that nobody may use in this forked child.
+  bool unusable(const Cache& cache) const { return forked_away() || cache.lost; }
   bool forked_away() const { return forked_away_.load(std::memory_order_relaxed); }
 
   int prefault_now();
@@ -93,19 +114,16 @@ class Pool {
 
   // Used by registry.cpp.
   uint64_t serial() const { return serial_; }
-  Cache* take_cache();
+  Cache* take_cache(bool handle = false);
   void retire(Cache* cache);
   void lock_for_fork();
   void unlock_after_fork();
   void restart_in_child(Cache* survivor);
 
  private:
-  Cache* cache() noexcept;
-  Bounds bounds() const noexcept {
-    const Geometry& g = geometry();
-    return {region_.base(), std::min(last_offset_ + 1, region_.committed_bytes()), g.unit_bytes - 1,
-            g.used_bytes, g.reciprocal};
-  }
+  Cache* thread_cache() noexcept;
+  void* get_slowly(Cache& cache) noexcept;
+  void widen_bounds() noexcept;
   void give_back(Cache& cache, void* const* objects, size_t n) noexcept;
   bool refill(Cache& cache) noexcept;
   bool spill(Cache& cache) noexcept;
@@ -136,6 +154,7 @@ class Pool {
   Region region_;
   const uint64_t limit_;      // objects at most
   const size_t last_offset_;  // of the last of them
+  PoolBounds bounds_;
   const OwnsAll owns_all_ = owns_all();
   std::atomic<uint64_t> available_;  // objects of committed units, at most limit_
   std::atomic<uint64_t> carved_{0};  // objects ever put into circulation: 0 .. carved_ - 1

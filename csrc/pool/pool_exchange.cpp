@@ -14,8 +14,9 @@ bool Pool::refill(Cache& c) noexcept {
   c.begin_exchange();
   bool filled = true;
   if (c.alt_full) {
-    std::swap(c.cur, c.alt);
-    c.len = c.capacity;
+    Magazine* const full = c.alt;
+    c.alt = c.cur;
+    c.use(full, c.capacity);
     c.alt_full = false;
   } else {
     Magazine* got = depot_.pop_full();
@@ -23,8 +24,7 @@ bool Pool::refill(Cache& c) noexcept {
     if (got != nullptr) {
       c.cur->count = 0;
       depot_.put(c.cur, c.capacity);
-      c.cur = got;
-      c.len = got->count;
+      c.use(got, got->count);
     } else {
       c.len = carve(c.cur->items, c.capacity);
       filled = c.len != 0;
@@ -42,9 +42,10 @@ bool Pool::spill(Cache& c) noexcept {
   c.begin_exchange();
   bool emptied = true;
   if (!c.alt_full) {
-    std::swap(c.cur, c.alt);
+    Magazine* const empty = c.alt;
+    c.alt = c.cur;
+    c.use(empty, 0);
     c.alt_full = true;
-    c.len = 0;
   } else {
     Magazine* room = depot_.pop_empty();
     if (room == nullptr) room = depot_.pop_partial();
@@ -53,8 +54,7 @@ bool Pool::spill(Cache& c) noexcept {
       c.alt->count = c.capacity;
       depot_.put(c.alt, c.capacity);
       c.alt = c.cur;
-      c.cur = room;
-      c.len = room->count;
+      c.use(room, room->count);
       Cache::add(c.delivered, c.capacity);
       Cache::add(c.received, c.len);
       Cache::add(c.spills, 1);
@@ -91,8 +91,7 @@ void* Pool::get_when_exhausted(Cache& c) noexcept {
     }
     c.cur->count = 0;
     depot_.put(c.cur, c.capacity);
-    c.cur = found;
-    c.len = found->count;
+    c.use(found, found->count);
     Cache::add(c.received, c.len);
     Cache::add(c.refills, 1);
   }
@@ -123,6 +122,7 @@ bool Pool::add_unit() {
   if (!reserve_magazines(objects, caches_.size())) return false;
   if (!region_.commit_next()) return false;
   ++grows_;
+  widen_bounds();
   available_.store(objects, std::memory_order_release);
   return true;
 }
@@ -131,11 +131,12 @@ bool Pool::reserve_magazines(uint64_t objects, size_t caches) noexcept {
   return depot_.reserve(objects / magazine_items_ + 1 + 4 * caches);
 }
 
-Cache* Pool::take_cache() {
+Cache* Pool::take_cache(bool handle) {
   std::scoped_lock lock(mutex_);
   for (const auto& cache : caches_) {
     if (!cache->in_use) {
       cache->in_use = true;
+      cache->handle = handle;
       return cache.get();
     }
   }
@@ -147,13 +148,17 @@ Cache* Pool::take_cache() {
     cache->fenced = !base::os::register_fence_all();
     cache->locked = forked_away();
     cache->pool = this;
-    cache->cur = depot_.pop_empty();
+    cache->bounds = &bounds_;
+    cache->checked = states_ != nullptr;
+    Magazine* const cur = depot_.pop_empty();
     cache->alt = depot_.pop_empty();
-    if (cache->cur == nullptr || cache->alt == nullptr) {
-      if (cache->cur != nullptr) depot_.put(cache->cur, magazine_items_);
+    if (cur == nullptr || cache->alt == nullptr) {
+      if (cur != nullptr) depot_.put(cur, magazine_items_);
       return nullptr;
     }
+    cache->use(cur, 0);
     cache->in_use = true;
+    cache->handle = handle;
     caches_.push_back(std::move(cache));
     return caches_.back().get();
   } catch (const std::bad_alloc&) {
@@ -184,8 +189,7 @@ Magazine* Pool::steal(const Cache& thief) noexcept {
     } else if (victim->len != 0) {
       taken = victim->cur;
       taken->count = victim->len;
-      victim->cur = room;
-      victim->len = 0;
+      victim->use(room, 0);
     }
     if (taken != nullptr) Cache::add(victim->delivered, taken->count);
     victim->locked.store(0, std::memory_order_release);
@@ -216,19 +220,26 @@ void Pool::drain(Cache& c) noexcept {
     c.cur->count = c.len;
     depot_.put(c.cur, c.capacity);
     Cache::add(c.delivered, c.len);
-    c.cur = room;
-    c.len = 0;
+    c.use(room, 0);
   }
 }
 
 void Pool::retire(Cache* cache) {
   std::scoped_lock lock(mutex_);
+  if (cache->lost) return;  // nobody's for ever
   drain(*cache);
   cache->in_use = false;
+  cache->handle = false;
+}
+
+uint64_t Pool::handles() {
+  std::scoped_lock lock(mutex_);
+  return static_cast<uint64_t>(std::count_if(caches_.begin(), caches_.end(),
+                                             [](const auto& cache) { return cache->handle; }));
 }
 
 void Pool::flush_this_thread() {
-  Cache* const c = cache();
+  Cache* const c = thread_cache();
   if (c == nullptr) return;
   std::scoped_lock lock(mutex_);
   drain(*c);

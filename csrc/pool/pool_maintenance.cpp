@@ -123,12 +123,14 @@ void Pool::restart_in_child(Cache* survivor) {
     if (cache.get() == survivor || !cache->in_use) continue;
     if (cache->active.load() == Cache::exchanging) {
       ++lost_in_fork_;  // its magazines may be in two places: nobody may touch them again
+      cache->lost = true;
+      cache->locked = 1;
       (void)cache.release();
       continue;
     }
     cache->active = Cache::idle;
     drain(*cache);
-    cache->in_use = false;
+    cache->in_use = cache->handle;
   }
   std::erase(caches_, nullptr);
 }

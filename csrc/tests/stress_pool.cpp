@@ -9,11 +9,12 @@
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
+#include <optional>
 #include <random>
 #include <thread>
 #include <vector>
 
-#include "pyruntime/pool.h"
+#include "pyruntime/pool_cache.hpp"
 
 namespace {
 
@@ -45,7 +46,9 @@ void verify(const uint64_t* object, uint64_t name) {
 class Worker {
  public:
   Worker(pyrt_pool* pool, Mailbox& mailbox, uint64_t name)
-      : pool_(pool), mailbox_(mailbox), name_(name), random_(name) {}
+      : pool_(pool), mailbox_(mailbox), name_(name), random_(name) {
+    if (name % 2 != 0) cache_.emplace(pool);  // inlined calls, and other caches to take from
+  }
 
   void run(int steps) {
     for (int i = 0; i < steps && !testing::Test::HasFatalFailure(); ++i) step();
@@ -92,22 +95,27 @@ class Worker {
     held_.push_back(static_cast<uint64_t*>(object));
   }
   void get_one() {
-    if (void* object = pyrt_pool_get(pool_)) keep(object);
+    if (void* object = cache_ ? cache_->get() : pyrt_pool_get(pool_)) keep(object);
   }
   void release_one() {
     if (held_.empty()) return;
     verify(held_.back(), name_);
-    ASSERT_EQ(pyrt_pool_put(pool_, held_.back()), PYRT_OK) << pyrt_last_error();
+    ASSERT_EQ(cache_ ? cache_->put(held_.back()) : pyrt_pool_put(pool_, held_.back()), PYRT_OK)
+        << pyrt_last_error();
     held_.pop_back();
   }
   void get_many(size_t n) {
     std::vector<void*> got(n);
-    if (pyrt_pool_get_bulk(pool_, got.data(), n) != PYRT_OK) return;
+    const pyrt_status status =
+        cache_ ? cache_->get_bulk(got.data(), n) : pyrt_pool_get_bulk(pool_, got.data(), n);
+    if (status != PYRT_OK) return;
     for (void* object : got) keep(object);
   }
   void put_many() {
     for (const uint64_t* object : held_) verify(object, name_);
-    ASSERT_EQ(pyrt_pool_put_bulk(pool_, reinterpret_cast<void* const*>(held_.data()), held_.size()),
+    const auto objects = reinterpret_cast<void* const*>(held_.data());
+    ASSERT_EQ(cache_ ? cache_->put_bulk(objects, held_.size())
+                     : pyrt_pool_put_bulk(pool_, objects, held_.size()),
               PYRT_OK);
     held_.clear();
   }
@@ -132,6 +140,7 @@ class Worker {
   }
 
   pyrt_pool* pool_;
+  std::optional<pyruntime::PoolCache> cache_;
   Mailbox& mailbox_;
   uint64_t name_;
   std::mt19937 random_;

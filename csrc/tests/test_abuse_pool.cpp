@@ -63,11 +63,13 @@ class PoolState {
     options.check = PYRT_CHECK_STATE;
     EXPECT_EQ(pyrt_pool_create(&options, &pool), PYRT_OK);
     mine = pyrt_pool_get(pool);
+    EXPECT_EQ(pyrt_pool_cache_create(pool, &cache), PYRT_OK);
     other = pyrt_pool_get(pool);
     EXPECT_EQ(pyrt_pool_put(pool, other), PYRT_OK);
   }
   ~PoolState() {
     EXPECT_EQ(pyrt_pool_put(pool, mine), PYRT_OK);
+    EXPECT_EQ(pyrt_pool_cache_destroy(cache), PYRT_OK);
     EXPECT_EQ(pyrt_pool_check(pool), PYRT_OK) << pyrt_last_error();
     EXPECT_EQ(pyrt_pool_destroy(pool, 0), PYRT_OK) << pyrt_last_error();
   }
@@ -79,6 +81,8 @@ class PoolState {
   void* objects[300] = {};
   uint32_t indices[300] = {};
   pyrt_pool* made = nullptr;
+  pyrt_pool_cache* cache = nullptr;
+  pyrt_pool_cache* cache_made = nullptr;
 };
 
 pyrt_status create_with(PoolState& s, const std::function<void(pyrt_pool_options&)>& change) {
@@ -149,6 +153,39 @@ std::vector<Row> pool_rows(PoolState& s) {
        PYRT_EFULL},
       {"pyrt_pool_get_bulk", "huge",
        [&] { return pyrt_pool_get_bulk(s.pool, s.objects, kHugeSize); }, PYRT_EFULL},
+      {"pyrt_pool_cache_create", "null pool",
+       [&] { return pyrt_pool_cache_create(nullptr, &s.cache_made); }},
+      {"pyrt_pool_cache_create", "null out",
+       [&] { return pyrt_pool_cache_create(s.pool, nullptr); }},
+      {"pyrt_pool_cache_destroy", "null", [] { return pyrt_pool_cache_destroy(nullptr); }, PYRT_OK},
+      {"pyrt_pool_cache_get", "null", [] { return ok_if(pyrt_pool_cache_get(nullptr) == nullptr); },
+       PYRT_OK},
+      {"pyrt_pool_cache_put", "null", [&] { return pyrt_pool_cache_put(nullptr, s.mine); }},
+      {"pyrt_pool_cache_put", "null object", [&] { return pyrt_pool_cache_put(s.cache, nullptr); }},
+      {"pyrt_pool_cache_put", "foreign", [&] { return pyrt_pool_cache_put(s.cache, &s); }},
+      {"pyrt_pool_cache_put", "misaligned",
+       [&] { return pyrt_pool_cache_put(s.cache, static_cast<char*>(s.mine) + 1); }},
+      {"pyrt_pool_cache_put", "free", [&] { return pyrt_pool_cache_put(s.cache, s.other); },
+       PYRT_ESTATE},
+      {"pyrt_pool_cache_get_bulk", "null",
+       [&] { return pyrt_pool_cache_get_bulk(nullptr, s.objects, 1); }},
+      {"pyrt_pool_cache_get_bulk", "null out",
+       [&] { return pyrt_pool_cache_get_bulk(s.cache, nullptr, 1); }},
+      {"pyrt_pool_cache_get_bulk", "misaligned",
+       [&] { return pyrt_pool_cache_get_bulk(s.cache, misaligned(s.objects), 1); }},
+      {"pyrt_pool_cache_get_bulk", "too many",
+       [&] { return pyrt_pool_cache_get_bulk(s.cache, s.objects, 300); }, PYRT_EFULL},
+      {"pyrt_pool_cache_get_bulk", "huge",
+       [&] { return pyrt_pool_cache_get_bulk(s.cache, s.objects, kHugeSize); }, PYRT_EFULL},
+      {"pyrt_pool_cache_put_bulk", "null",
+       [&] { return pyrt_pool_cache_put_bulk(nullptr, &s.mine, 1); }},
+      {"pyrt_pool_cache_put_bulk", "null list",
+       [&] { return pyrt_pool_cache_put_bulk(s.cache, nullptr, 1); }},
+      {"pyrt_pool_cache_put_bulk", "huge",
+       [&] { return pyrt_pool_cache_put_bulk(s.cache, &s.mine, kHugeSize); }},
+      {"pyrt_pool_cache_layout", "", [] { return ok_if(pyrt_pool_cache_layout() >= 1); }, PYRT_OK},
+      {"pyrt_pool_destroy", "with a cache", [&] { return pyrt_pool_destroy(s.pool, 0); },
+       PYRT_ESTATE},
       {"pyrt_pool_put_bulk", "null pool", [&] { return pyrt_pool_put_bulk(nullptr, &s.mine, 1); }},
       {"pyrt_pool_put_bulk", "null list", [&] { return pyrt_pool_put_bulk(s.pool, nullptr, 1); }},
       {"pyrt_pool_put_bulk", "zero", [&] { return pyrt_pool_put_bulk(s.pool, nullptr, 0); },

@@ -22,8 +22,8 @@ TEST(PoolOwns, EveryLevelAgreesWithTheLayout) {
     const size_t bytes = 1 + random() % (size_t{1} << (1 + random() % 24));
     const Geometry g = Geometry::of(bytes, 0, false);
     const uint64_t objects = 1 + random() % (3 * uint64_t{g.per_unit});
-    const Bounds bounds{base, g.offset_of(objects - 1) + 1, g.unit_bytes - 1, g.used_bytes,
-                        g.reciprocal};
+    const PoolBounds bounds{reinterpret_cast<uintptr_t>(base), g.offset_of(objects - 1) + 1,
+                            g.unit_bytes - 1, g.used_bytes, g.reciprocal};
     const auto is_object = [&](const char* p) {
       if (p < base) return false;
       const auto offset = static_cast<size_t>(p - base);

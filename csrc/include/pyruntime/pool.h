@@ -93,6 +93,26 @@ PYRT_API pyrt_status pyrt_pool_get_bulk(pyrt_pool* pool, void** out, size_t n) P
 PYRT_API pyrt_status pyrt_pool_put_bulk(pyrt_pool* pool, void* const* objects,
                                         size_t n) PYRT_NOEXCEPT;
 
+/* A cache of its own beside those of threads: for a fiber, a pinned worker, or C++ that inlines its
+ * calls (pool_cache.hpp). One thread at a time may use one. In a forked child it holds no objects
+ * of its own; one that another thread was using at that moment may be lost: its calls give NULL and
+ * PYRT_ESTATE there. */
+typedef struct pyrt_pool_cache pyrt_pool_cache;
+
+/* PYRT_ENOMEM without memory; PYRT_ESTATE in a child that the pool is excluded from. */
+PYRT_API pyrt_status pyrt_pool_cache_create(pyrt_pool* pool, pyrt_pool_cache** out) PYRT_NOEXCEPT;
+/* Gives its free objects back to the pool. Before the pool's destroy, which refuses until then. */
+PYRT_API pyrt_status pyrt_pool_cache_destroy(pyrt_pool_cache* cache) PYRT_NOEXCEPT;
+/* As pyrt_pool_get and so on, through this cache. */
+PYRT_API void* pyrt_pool_cache_get(pyrt_pool_cache* cache) PYRT_NOEXCEPT;
+PYRT_API pyrt_status pyrt_pool_cache_put(pyrt_pool_cache* cache, void* object) PYRT_NOEXCEPT;
+PYRT_API pyrt_status pyrt_pool_cache_get_bulk(pyrt_pool_cache* cache, void** out,
+                                              size_t n) PYRT_NOEXCEPT;
+PYRT_API pyrt_status pyrt_pool_cache_put_bulk(pyrt_pool_cache* cache, void* const* objects,
+                                              size_t n) PYRT_NOEXCEPT;
+/* The version of the layout that pool_cache.hpp reads. */
+PYRT_API uint32_t pyrt_pool_cache_layout(void) PYRT_NOEXCEPT;
+
 /* The same with indices 0 .. max_capacity - 1, the handles of array-minded callers. */
 PYRT_API pyrt_status pyrt_pool_get_indices(pyrt_pool* pool, uint32_t* out, size_t n) PYRT_NOEXCEPT;
 PYRT_API pyrt_status pyrt_pool_put_indices(pyrt_pool* pool, const uint32_t* indices,
