@@ -76,17 +76,14 @@ def program(tmp_path_factory):
 
 
 def compare(ns):
-    """Return median nanoseconds by contender, and quartiles of the paired ratios to ours."""
-    ours = ns.pop("pyruntime")
-    told = {"pyruntime": {"ns": round(statistics.median(ours), 3)}}
-    for name, theirs in ns.items():
-        ratios = [b / a for a, b in zip(ours, theirs, strict=True)]
-        quartiles = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
-        told[name] = {
-            "ns": round(statistics.median(theirs), 3),
-            "ratio": round(quartiles[1], 2),
-            "quartiles": [round(quartiles[0], 2), round(quartiles[2], 2)],
-        }
+    """Return median nanoseconds by contender, and the three quartiles of its ratios to ours."""
+    told = {name: {"ns": round(statistics.median(values), 3)} for name, values in ns.items()}
+    for base, key in (("pyruntime", "ratio"), ("pyruntime inlined", "ratio_to_inlined")):
+        for name, theirs in ns.items():
+            if base not in ns or name.startswith("pyruntime"):
+                continue
+            ratios = [b / a for a, b in zip(ns[base], theirs, strict=True)]
+            told[name][key] = [round(q, 2) for q in statistics.quantiles(ratios, n=4)]
     return told
 
 

@@ -7,8 +7,8 @@
 // SCALE divides the operations of a round; PAGES is 4k or thp; LARGE 1 adds the pool of 512 MiB.
 // One thread: CPU time of the thread. Two threads, pinned to the first two cores allowed: wall
 // time. DPDK, where it was compiled in (PAIR_DPDK), is inlined into its loops; everything else is
-// called through a library, as its users call it. malloc has no bulk call: a loop is what users
-// write.
+// called through a library, as its users call it, and once more with our single calls inlined.
+// malloc has no bulk call: a loop is what users write.
 #include <dlfcn.h>
 #include <pthread.h>
 #include <sched.h>
@@ -28,6 +28,7 @@
 #include <thread>
 #include <vector>
 
+#include "pyruntime/pool_cache.hpp"
 #include "pyruntime/pyruntime.h"
 
 #ifdef PAIR_DPDK
@@ -61,6 +62,14 @@ struct Library {
   void put(void* object) const { pyrt_pool_put(pool, object); }
   bool get_bulk(void** out, size_t n) const { return pyrt_pool_get_bulk(pool, out, n) == PYRT_OK; }
   void put_bulk(void** objects, size_t n) const { pyrt_pool_put_bulk(pool, objects, n); }
+};
+
+struct Inlined {
+  pyruntime::PoolCache* cache = nullptr;
+  void* get() const { return cache->get(); }
+  void put(void* object) const { cache->put(object); }
+  bool get_bulk(void** out, size_t n) const { return cache->get_bulk(out, n) == PYRT_OK; }
+  void put_bulk(void** objects, size_t n) const { cache->put_bulk(objects, n); }
 };
 
 // What has no bulk calls of its own.
@@ -329,12 +338,17 @@ struct Runner {
     results[workload][name].push_back(value * 1e9);
   }
   template <class C>
-  void all(const std::string& name, C& c, size_t slow) {
+  void one_thread(const std::string& name, C& c, size_t slow) {
     const size_t ops = 1'000'000 / scale / slow;
     add("hot", name, hot(c, ops));
     add("window 64", name, window(c, ops));
     add("bulk 32", name, burst(c, 32, 4 * ops));
     add("burst 1024", name, burst(c, 1024, 4 * ops));
+  }
+  template <class C>
+  void all(const std::string& name, C& c, size_t slow) {
+    const size_t ops = 1'000'000 / scale / slow;
+    one_thread(name, c, slow);
     add("two threads, burst 1024", name, two(pair, c, 4 * ops));
     add("producer and consumer", name, producer_consumer(pair, c, ops));
   }
@@ -404,6 +418,8 @@ int main(int argc, char** argv) {
   Looped<Pmr> pmr;
   Locked locked;
   Library ours{make_pool(kObjects, thp)};
+  pyruntime::PoolCache cache(ours.pool);
+  Inlined inlined{&cache};
   Library ours_large{large ? make_pool(kLargeObjects, thp) : nullptr};
   Runner r;
   r.scale = static_cast<size_t>(std::atoi(argv[2]));
@@ -411,6 +427,7 @@ int main(int argc, char** argv) {
   std::vector<std::array<char, kObject>> fixed(kBulk);
   for (int round = 0; round < rounds; ++round) {
     r.all("pyruntime", ours, 1);
+    r.one_thread("pyruntime inlined", inlined, 1);
 #ifdef PAIR_DPDK
     if (has_dpdk) {
       r.all("DPDK ring c=512", rings[0], 1);
