@@ -9,7 +9,7 @@
 //
 // Threads. The owner announces itself by a plain store to `active` and then reads `locked`; whoever
 // wants the cache stores `locked` and makes the kernel fence every running thread
-// (csrc/pool/cache.hpp has the argument). `shared` is the slow variant for systems without that
+// (csrc/pool/cache.hpp has the argument). `fenced` is the slow variant for systems without that
 // system call.
 #pragma once
 
