@@ -257,8 +257,10 @@ def test_logs_hold_no_prompts(server):
     assert secret not in "".join(server.log)
 
 
-def test_api_keys_and_drain_under_load():
-    server = Server("--api-key", KEYS[0], "--api-key", KEYS[1], "--grace-s", "1")
+@pytest.mark.parametrize("workers", [1, 2])
+def test_api_keys_and_drain_under_load(workers):
+    keys = ("--api-key", KEYS[0], "--api-key", KEYS[1])
+    server = Server(*keys, "--grace-s", "1", "--workers", workers)
     try:
         body = {"prompt": "a", "max_tokens": 2, "priority": 50}
         for headers in ({}, {"authorization": "Bearer nope"}, {"authorization": "Basic alpha"}):
@@ -292,8 +294,9 @@ def test_api_keys_and_drain_under_load():
         server.process.kill()
 
 
-def test_drain_lets_short_requests_finish():
-    server = Server("--grace-s", "20")
+@pytest.mark.parametrize("workers", [1, 2])
+def test_drain_lets_short_requests_finish(workers):
+    server = Server("--grace-s", "20", "--workers", workers)
     try:
         body = {"prompt": "a", "max_tokens": 300, "ignore_eos": True}
         with ThreadPoolExecutor(4) as pool:

@@ -158,6 +158,8 @@ class Detokenizer:
 
     def feed(self, tokens: Sequence[int]) -> str:
         """Return the text that `tokens` complete."""
+        if len(tokens) == 1:
+            return self._stream.step(self._tokenizer, tokens[0]) or ""
         return "".join(self._stream.step(self._tokenizer, token) or "" for token in tokens)
 
 

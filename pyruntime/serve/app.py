@@ -12,6 +12,7 @@ queue is full, 503 while draining. After a stream has begun, an error is its las
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import time
 import uuid
@@ -37,7 +38,7 @@ from pyruntime.serve.keys import ApiKeys, Tenant
 from pyruntime.serve.metrics import ServerMetrics
 from pyruntime.serve.run import ApiError, Choice, Run
 from pyruntime.serve.schema import ChatRequest, CompletionRequest, GenerationRequest
-from pyruntime.serve.shapes import ChatShape, CompletionShape, EventStream, Shape
+from pyruntime.serve.shapes import DIRECT_SEND, ChatShape, CompletionShape, EventStream, Shape
 
 __all__ = ["ServerConfig", "create_app"]
 
@@ -53,6 +54,15 @@ class ServerConfig:
     max_len: int
     keys: ApiKeys = field(default_factory=ApiKeys)
     max_body_bytes: int = 4 << 20
+
+
+class _Application(FastAPI):
+    """Remembers the ASGI server's own `send` for `EventStream`."""
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Answer a request."""
+        scope[DIRECT_SEND] = send
+        await super().__call__(scope, receive, send)
 
 
 def create_app(
@@ -76,11 +86,13 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        gc.collect()
+        gc.freeze()  # what is here now lives as long as the server: no use in looking again
         yield
         if on_shutdown is not None:
             await asyncio.to_thread(on_shutdown)
 
-    app = FastAPI(
+    app = _Application(
         title="pyruntime",
         version=pyruntime.__version__,
         lifespan=lifespan,

@@ -17,7 +17,11 @@ from pyruntime.engine.text import Tokenizer
 from pyruntime.serve.run import ApiError, Choice, Receive, Run
 from pyruntime.serve.schema import GenerationRequest
 
-__all__ = ["ChatShape", "CompletionShape", "EventStream", "Shape"]
+__all__ = ["DIRECT_SEND", "ChatShape", "CompletionShape", "EventStream", "Shape"]
+
+#: Key of a request's scope: the ASGI server's `send`, which events go to. What lies between it and
+#: a response has looked at the response's start, and would only cost time at every event.
+DIRECT_SEND = "pyruntime.send"
 
 log = logging.getLogger(__name__)
 Scope = MutableMapping[str, Any]
@@ -171,12 +175,12 @@ class EventStream(Response):
         """Send the response."""
         run, shape = self._run, self._shape
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        direct: Send = scope[DIRECT_SEND]
         watch = asyncio.create_task(run.abort_when_gone(receive))
         begun = [False] * len(run.choices)
 
-        async def write(text: str, more: bool = True) -> None:
-            body = {"type": "http.response.body", "body": text.encode(), "more_body": more}
-            await send(body)
+        def write(text: str, more: bool = True) -> Awaitable[None]:
+            return direct({"type": "http.response.body", "body": text.encode(), "more_body": more})
 
         try:
             async for choice, text, delta in run.deltas():
