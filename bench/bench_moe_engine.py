@@ -37,14 +37,19 @@ class Setting:
         given = os.environ.get("PYRUNTIME_BENCH_DIR")
         self.folder = Path(given) if given and not disabled else folder
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.model = self.folder / "pyruntime"
-        if not (self.model / "experts.mxs").exists():
-            quantized_model(self.model, **self.shape)
+        self.model = self.made("pyruntime")
         self.store = ExpertStore(self.model / "experts.mxs")
         self.experts = sum(e.bytes for e in self.store.extents if not e.dense)
 
-    def ours(self, limit=None, **options):
-        command = [sys.executable, "-m", "bench.moe_worker", str(self.model), json.dumps(options)]
+    def made(self, name, **options):
+        directory = self.folder / name
+        if not (directory / "experts.mxs").exists():
+            quantized_model(directory, **options, **self.shape)
+        return directory
+
+    def ours(self, limit=None, model=None, **options):
+        model = str(model or self.model)
+        command = [sys.executable, "-m", "bench.moe_worker", model, json.dumps(options)]
         return Runner(command, limit)
 
     def theirs(self, kind, limit=None):
@@ -115,9 +120,10 @@ def summary(answers, key):
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize(("bits", "kind"), [(4, "Q4_0"), (8, "Q8_0")])
 def test_all_in_memory(benchmark, setting, bits, kind):
-    """Decode and prefill speed with every expert in memory."""
+    """Decode and prefill speed with every expert in memory; attention has the experts' width."""
     prompt, tokens = (16, 3) if setting.disabled else (512, 33)
-    ours, theirs = setting.ours(bits=bits), setting.theirs(kind)
+    model = setting.made(f"pyruntime-{bits}", bits=(bits,), attention_bits=bits)
+    ours, theirs = setting.ours(model=model), setting.theirs(kind)
     mine, other, seeds = [], [], itertools.count()
 
     def round_():

@@ -73,11 +73,12 @@ def random_model(directory, **shape):
     return directory
 
 
-def quantized_model(directory, bits=(4, 6, 8), dense_bits=8, distinct=2, **shape):
+def quantized_model(directory, bits=(4, 6, 8), attention_bits=8, distinct=2, **shape):
     """Write a quantized model of random weights and return its directory.
 
     As `random_model` and then `pyruntime quantize`, but the float weights never exist: `distinct`
-    experts are quantized and stand for all. Speed and bytes do not depend on the values.
+    experts are quantized and stand for all. Speed and bytes do not depend on the values. The head
+    has 8 bits.
     """
     from pyruntime.engine.config import ModelConfig
     from pyruntime.engine.loader import DENSE, HEAD
@@ -132,10 +133,10 @@ def quantized_model(directory, bits=(4, 6, 8), dense_bits=8, distinct=2, **shape
         model_hash=model_hash(directory),
     ) as writer:
         qkv, out = (
-            nested(heads * head_dim + 2 * kv, d, [dense_bits]),
-            nested(d, heads * head_dim, [dense_bits]),
+            nested(heads * head_dim + 2 * kv, d, [attention_bits]),
+            nested(d, heads * head_dim, [attention_bits]),
         )
-        writer.add_dense(0, HEAD, nested(full["vocab"], d, [dense_bits]))
+        writer.add_dense(0, HEAD, nested(full["vocab"], d, [8]))
         for layer in range(full["layers"]):
             writer.add_dense(layer, DENSE["qkv"], qkv)
             writer.add_dense(layer, DENSE["out"], out)

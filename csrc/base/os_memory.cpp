@@ -3,6 +3,7 @@
 #include <dirent.h>
 #include <linux/membarrier.h>
 #include <linux/mempolicy.h>
+#include <sched.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -109,26 +110,28 @@ size_t huge_bytes(const void* base, size_t bytes) noexcept {
   return std::min(total, bytes);
 }
 
-int num_nodes() noexcept {
-  static const int count = [] {
-    DIR* nodes = opendir("/sys/devices/system/node");
-    if (nodes == nullptr) return 1;
-    int found = 0;
-    while (const dirent* entry = readdir(nodes)) {
-      int id = 0;
-      char rest = 0;
-      found += std::sscanf(entry->d_name, "node%d%c", &id, &rest) == 1;
+uint64_t nodes() noexcept {
+  static const uint64_t found = [] {
+    uint64_t mask = 0;
+    if (DIR* const entries = opendir("/sys/devices/system/node")) {
+      while (const dirent* entry = readdir(entries)) {
+        unsigned id = 0;
+        char rest = 0;
+        if (std::sscanf(entry->d_name, "node%u%c", &id, &rest) == 1 && id < 64) {
+          mask |= uint64_t{1} << id;
+        }
+      }
+      closedir(entries);
     }
-    closedir(nodes);
-    return std::max(found, 1);
+    return mask == 0 ? 1 : mask;
   }();
-  return count;
+  return found;
 }
 
 int current_node() noexcept {
   unsigned cpu = 0;
   unsigned node = 0;
-  return syscall(SYS_getcpu, &cpu, &node, nullptr) == 0 ? static_cast<int>(node) : 0;
+  return getcpu(&cpu, &node) == 0 ? static_cast<int>(node) : 0;
 }
 
 bool register_fence_all() noexcept {

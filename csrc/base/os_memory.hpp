@@ -46,7 +46,9 @@ bool exclude_from_fork(void* base, size_t bytes) noexcept;
 // Bytes of [base, base + bytes) that are huge pages now, read from this process's smaps.
 size_t huge_bytes(const void* base, size_t bytes) noexcept;
 
-int num_nodes() noexcept;
+// The machine's NUMA nodes as bits, of the first 64; node 0 where the system tells of none.
+uint64_t nodes() noexcept;
+// The node the calling thread runs on; a system call is not needed.
 int current_node() noexcept;
 
 // Orders every running thread of the process as if each had executed a full fence. False when the

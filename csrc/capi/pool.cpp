@@ -5,23 +5,17 @@
 #include <cstring>
 
 #include "capi/error.hpp"
-#include "pool/pool.hpp"
+#include "capi/pool.hpp"
 
 using namespace pyruntime;
 using pool::Pool;
 
-struct pyrt_pool : Pool {
-  using Pool::Pool;
-};
-
 // A cache by the name that the ABI knows it by.
 struct pyrt_pool_cache : pool::Cache {};
 
-namespace {
+namespace pyruntime::capi {
 
-constexpr uint32_t kMaxCheck = PYRT_CHECK_GUARD;
-
-pool::Options convert(const pyrt_pool_options& given) {
+pool::Options pool_options(const pyrt_pool_options& given) {
   // Fields beyond the caller's struct_size keep their defaults.
   pyrt_pool_options o;
   pyrt_pool_options_init(&o);
@@ -34,7 +28,7 @@ pool::Options convert(const pyrt_pool_options& given) {
   };
   in_range(o.pages, PYRT_PAGES_4K, "pages");
   in_range(o.prefault, PYRT_PREFAULT_BACKGROUND, "prefault");
-  in_range(o.check, kMaxCheck, "check");
+  in_range(o.check, PYRT_CHECK_GUARD, "check");
   in_range(o.fork, PYRT_FORK_EXCLUDE, "fork");
   if (o.node < -1 || o.node > 63) fail(PYRT_EINVAL, "node is %d; it must be in -1..63", o.node);
   pool::Options out;
@@ -50,6 +44,10 @@ pool::Options convert(const pyrt_pool_options& given) {
   out.node = o.node;
   return out;
 }
+
+}  // namespace pyruntime::capi
+
+namespace {
 
 pyrt_status check_list(const Pool& pool, void* const* objects, size_t n) {
   if (objects == nullptr) return capi::set_error(PYRT_EINVAL, "objects must not be NULL");
@@ -104,7 +102,7 @@ pyrt_status pyrt_pool_create(const pyrt_pool_options* options, pyrt_pool** out) 
   return capi::guard([&] {
     capi::require(options, "options");
     capi::require(out, "out");
-    *out = new pyrt_pool(convert(*options));
+    *out = new pyrt_pool(capi::pool_options(*options));
   });
 }
 

@@ -1,4 +1,4 @@
-// Bad input at every entry of abi.h and pool.h; see support/abuse.hpp.
+// Bad input at every entry of abi.h, pool.h and pool_nodes.h; see support/abuse.hpp.
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -458,6 +458,115 @@ TEST(AbiAbuse, Pool) {
   statistics.struct_size = sizeof statistics;
   ASSERT_EQ(pyrt_pool_get_statistics(state.pool, &statistics), PYRT_OK);
   EXPECT_EQ(statistics.in_use, 1u) << "nothing was lost or handed out by a refused call";
+}
+
+// A set of two nodes that this machine may not have, with an object out.
+class NodeState {
+ public:
+  NodeState() {
+    pyrt_pool_options_init(&options);
+    options.object_bytes = 64;
+    options.capacity = 100;
+    EXPECT_EQ(pyrt_node_pools_create(&options, nodes, 2, nullptr, nullptr, &set), PYRT_OK);
+    mine = pyrt_node_pools_get(set);
+  }
+  ~NodeState() {
+    EXPECT_EQ(pyrt_node_pools_put(set, mine), PYRT_OK);
+    EXPECT_EQ(pyrt_node_pools_destroy(set, 0), PYRT_OK) << pyrt_last_error();
+    EXPECT_EQ(made, nullptr) << "an out-pointer is written on success only";
+  }
+
+  int32_t nodes[2] = {0, 1};
+  pyrt_pool_options options;
+  pyrt_node_pools* set = nullptr;
+  void* mine = nullptr;
+  void* objects[300] = {};
+  pyrt_node_pools* made = nullptr;
+};
+
+std::vector<Row> node_rows(NodeState& s) {
+  const auto create = [&s](const int32_t* nodes, uint32_t n) {
+    return pyrt_node_pools_create(&s.options, nodes, n, nullptr, nullptr, &s.made);
+  };
+  static const int32_t twice[] = {3, 3}, below[] = {-1}, beyond[] = {64};
+  return {
+      {"pyrt_nodes", "no room", [] { return ok_if(pyrt_nodes(nullptr, 0) >= 1); }, PYRT_OK},
+      {"pyrt_current_node", "", [] { return ok_if(pyrt_current_node() >= 0); }, PYRT_OK},
+      {"pyrt_node_pools_create", "null options",
+       [&] { return pyrt_node_pools_create(nullptr, s.nodes, 2, nullptr, nullptr, &s.made); }},
+      {"pyrt_node_pools_create", "null out",
+       [&] { return pyrt_node_pools_create(&s.options, s.nodes, 2, nullptr, nullptr, nullptr); }},
+      {"pyrt_node_pools_create", "null nodes", [=] { return create(nullptr, 2); }},
+      {"pyrt_node_pools_create", "misaligned nodes",
+       [=, &s] { return create(misaligned(s.nodes), 1); }},
+      {"pyrt_node_pools_create", "too many", [=, &s] { return create(s.nodes, 65); }},
+      {"pyrt_node_pools_create", "twice", [=] { return create(twice, 2); }},
+      {"pyrt_node_pools_create", "below", [=] { return create(below, 1); }},
+      {"pyrt_node_pools_create", "beyond", [=] { return create(beyond, 1); }},
+      {"pyrt_node_pools_create", "a pool's option",
+       [&] {
+         pyrt_pool_options options = s.options;
+         options.capacity = 0;
+         return pyrt_node_pools_create(&options, s.nodes, 2, nullptr, nullptr, &s.made);
+       }},
+      {"pyrt_node_pools_create", "state checks",
+       [&] {
+         pyrt_pool_options options = s.options;
+         options.check = PYRT_CHECK_STATE;
+         return pyrt_node_pools_create(&options, s.nodes, 2, nullptr, nullptr, &s.made);
+       },
+       PYRT_EUNSUPPORTED},
+      {"pyrt_node_pools_destroy", "null", [] { return pyrt_node_pools_destroy(nullptr, 0); },
+       PYRT_OK},
+      {"pyrt_node_pools_destroy", "objects out", [&] { return pyrt_node_pools_destroy(s.set, 0); },
+       PYRT_ESTATE},
+      {"pyrt_node_pools_get", "null", [] { return ok_if(pyrt_node_pools_get(nullptr) == nullptr); },
+       PYRT_OK},
+      {"pyrt_node_pools_put", "null", [&] { return pyrt_node_pools_put(nullptr, s.mine); }},
+      {"pyrt_node_pools_put", "null object", [&] { return pyrt_node_pools_put(s.set, nullptr); }},
+      {"pyrt_node_pools_put", "misaligned",
+       [&] { return pyrt_node_pools_put(s.set, static_cast<char*>(s.mine) + 1); }},
+      {"pyrt_node_pools_put", "foreign", [&] { return pyrt_node_pools_put(s.set, &s); }},
+      {"pyrt_node_pools_get_bulk", "null",
+       [&] { return pyrt_node_pools_get_bulk(nullptr, s.objects, 1); }},
+      {"pyrt_node_pools_get_bulk", "null out",
+       [&] { return pyrt_node_pools_get_bulk(s.set, nullptr, 1); }},
+      {"pyrt_node_pools_get_bulk", "too many",
+       [&] { return pyrt_node_pools_get_bulk(s.set, s.objects, 200); }, PYRT_EFULL},
+      {"pyrt_node_pools_get_bulk", "none",
+       [&] { return pyrt_node_pools_get_bulk(s.set, nullptr, 0); }, PYRT_OK},
+      {"pyrt_node_pools_put_bulk", "null",
+       [&] { return pyrt_node_pools_put_bulk(nullptr, &s.mine, 1); }},
+      {"pyrt_node_pools_put_bulk", "null objects",
+       [&] { return pyrt_node_pools_put_bulk(s.set, nullptr, 1); }},
+      {"pyrt_node_pools_put_bulk", "misaligned list",
+       [&] { return pyrt_node_pools_put_bulk(s.set, misaligned(&s.mine), 1); }},
+      {"pyrt_node_pools_put_bulk", "one foreign",
+       [&] {
+         void* list[] = {s.mine, &s};
+         return pyrt_node_pools_put_bulk(s.set, list, 2);
+       }},
+      {"pyrt_node_pools_put_bulk", "more than there are",
+       [&] {
+         std::fill(std::begin(s.objects), std::end(s.objects), s.mine);
+         return pyrt_node_pools_put_bulk(s.set, s.objects, 300);
+       }},
+      {"pyrt_node_pools_home", "null",
+       [] { return ok_if(pyrt_node_pools_home(nullptr) == nullptr); }, PYRT_OK},
+      {"pyrt_node_pools_at", "null",
+       [] { return ok_if(pyrt_node_pools_at(nullptr, 0) == nullptr); }, PYRT_OK},
+      {"pyrt_node_pools_at", "beyond",
+       [&] { return ok_if(pyrt_node_pools_at(s.set, 2) == nullptr); }, PYRT_OK},
+      {"pyrt_node_pools_borrowed", "null",
+       [] { return ok_if(pyrt_node_pools_borrowed(nullptr) == 0); }, PYRT_OK},
+  };
+}
+
+TEST(AbiAbuse, NodePools) {
+  NodeState state;
+  const std::vector<Row> rows = node_rows(state);
+  run(rows);
+  expect_covered("pool_nodes.h", rows);
 }
 
 TEST(AbiAbuse, AForkedChildOfAnExcludedPoolIsRefused) {

@@ -1,4 +1,6 @@
 // The pool's set-up and inspection; the hot calls are in _fast.pyx.
+#include <algorithm>
+
 #include "native.hpp"
 
 namespace pyruntime::bindings {
@@ -78,9 +80,19 @@ class Pool {
   pyrt_pool* pool_ = nullptr;
 };
 
+py::list nodes() {
+  int32_t found[64];
+  const uint32_t n = std::min<uint32_t>(pyrt_nodes(found, 64), 64);
+  py::list out;
+  for (uint32_t i = 0; i < n; ++i) out.append(found[i]);
+  return out;
+}
+
 }  // namespace
 
 void bind_pool(py::module_& m) {
+  m.def("nodes", nodes);
+  m.def("current_node", pyrt_current_node);
   py::class_<Pool>(m, "Pool")
       .def(py::init<uint64_t, uint64_t, uint64_t, uint64_t, uint32_t, uint32_t, uint32_t, uint32_t,
                     uint32_t, int32_t>(),

@@ -2,6 +2,7 @@
 
 from pyruntime.pool.arena import Arena, Block
 from pyruntime.pool.budget import UNIT_BYTES, Budget, BudgetClient
+from pyruntime.pool.nodes import NodePools
 from pyruntime.pool.objects import Buf, Pool
 
-__all__ = ["UNIT_BYTES", "Arena", "Block", "Budget", "BudgetClient", "Buf", "Pool"]
+__all__ = ["UNIT_BYTES", "Arena", "Block", "Budget", "BudgetClient", "Buf", "NodePools", "Pool"]

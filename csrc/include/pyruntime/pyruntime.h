@@ -10,4 +10,5 @@
 #include "pyruntime/moe_cache.h"
 #include "pyruntime/ops.h"
 #include "pyruntime/pool.h"
+#include "pyruntime/pool_nodes.h"
 #endif
