@@ -104,6 +104,34 @@ Cache* Pool::thread_cache() noexcept {
   return cache != nullptr ? cache : make_thread_cache(*this, slot_, serial_);
 }
 
+// These two are the whole of most programs' use: the thread's cache is looked up and used without a
+// further call.
+void* Pool::get() noexcept {
+  Cache* const c = existing_thread_cache(slot_, serial_);
+  if (c != nullptr) [[likely]] {
+    if (void* const object = c->try_get()) [[likely]]
+      return object;
+  }
+  return get_first(c);
+}
+
+pyrt_status Pool::put(void* object) noexcept {
+  Cache* const c = existing_thread_cache(slot_, serial_);
+  if (c != nullptr && c->try_put(object)) [[likely]]
+    return PYRT_OK;
+  return put_first(c, object);
+}
+
+void* Pool::get_first(Cache* c) noexcept {
+  if (c == nullptr) c = make_thread_cache(*this, slot_, serial_);
+  return c == nullptr ? nullptr : get_slowly(*c);
+}
+
+pyrt_status Pool::put_first(Cache* c, void* object) noexcept {
+  if (c == nullptr) c = make_thread_cache(*this, slot_, serial_);
+  return c == nullptr ? PYRT_ENOMEM : put_bulk(*c, &object, 1);
+}
+
 void* Pool::get(Cache& c) noexcept {
   if (void* const object = c.try_get()) [[likely]]
     return object;

@@ -70,14 +70,8 @@ class Pool {
   Pool& operator=(const Pool&) = delete;
 
   // Through the calling thread's cache, which is made on first use.
-  void* get() noexcept {
-    Cache* const c = thread_cache();
-    return c == nullptr ? nullptr : get(*c);
-  }
-  pyrt_status put(void* object) noexcept {
-    Cache* const c = thread_cache();
-    return c == nullptr ? PYRT_ENOMEM : put(*c, object);
-  }
+  void* get() noexcept;
+  pyrt_status put(void* object) noexcept;
   bool get_bulk(void** out, size_t n) noexcept {
     Cache* const c = thread_cache();
     return c != nullptr && get_bulk(*c, out, n);
@@ -122,6 +116,9 @@ class Pool {
 
  private:
   Cache* thread_cache() noexcept;
+  // After the fast path: with this thread's cache, or nullptr if it has none yet.
+  __attribute__((noinline)) void* get_first(Cache* cache) noexcept;
+  __attribute__((noinline)) pyrt_status put_first(Cache* cache, void* object) noexcept;
   void* get_slowly(Cache& cache) noexcept;
   void widen_bounds() noexcept;
   void give_back(Cache& cache, void* const* objects, size_t n) noexcept;
