@@ -15,6 +15,8 @@ from pyruntime.engine.llm import make_loop
 from pyruntime.engine.quantize import quantize
 from pyruntime.models import shipped
 from pyruntime.moe import (
+    DEGRADED,
+    FAILED,
     AverageBits,
     Deadline,
     ExpertCache,
@@ -152,16 +154,40 @@ def test_what_is_there_is_taken_when_results_may_depend_on_it(store):
         np.testing.assert_array_equal(out, want)
 
 
-def test_a_damaged_plane_fails_its_requests_alone(directory, tmp_path):
-    shutil.copytree(directory, tmp_path / "bad")
-    path = tmp_path / "bad" / "experts.mxs"
-    victim = ExpertStore(path).extent(2, 3, 0)
+def damaged(directory, copy, layer, expert, level):
+    """Copy a model and change a bit of one plane; return the path of its store."""
+    shutil.copytree(directory, copy)
+    path = copy / "experts.mxs"
+    victim = ExpertStore(path).extent(layer, expert, level)
     with path.open("r+b") as file:
         file.seek(victim.offset + 5)
         byte = file.read(1)
         file.seek(victim.offset + 5)
         file.write(bytes([byte[0] ^ 1]))
-    store = ExpertStore(path)
+    return path
+
+
+def test_a_damaged_refinement_is_done_without_and_told(directory, tmp_path):
+    store = ExpertStore(damaged(directory, tmp_path / "bad", 2, 3, 1))
+    x, ids, weights = tokens(store, n=4, k=2)
+    ids[:], weights[:] = [[0, 1], [3, 1], [2, 4], [5, 3]], [0.7, 0.3]
+    out = np.empty_like(x)
+    with ExpertCache(store, expert_bytes(store), deterministic=False) as cache:
+        status = cache.ffn(2, x, ids, weights, out)
+        # The last token asks its lesser expert for no more than is there.
+        np.testing.assert_array_equal(status, [0, DEGRADED, 0, 0])
+        assert out.any(1).all()
+    with ExpertCache(store, expert_bytes(store)) as cache:
+        np.testing.assert_array_equal(cache.ffn(2, x, ids, weights, out), [0, FAILED, 0, FAILED])
+    with LLM(tmp_path / "bad", memory_budget=256 << 20, deterministic=False) as llm:
+        told = llm.generate(PROMPTS, max_tokens=24)
+    assert sum(c.degraded_tokens for c in told) > 0
+    with LLM(directory, memory_budget=256 << 20, deterministic=False) as llm:
+        assert not any(c.degraded_tokens for c in llm.generate(PROMPTS, max_tokens=24))
+
+
+def test_a_damaged_plane_fails_its_requests_alone(directory, tmp_path):
+    store = ExpertStore(damaged(directory, tmp_path / "bad", 2, 3, 0))
     with ExpertCache(store, expert_bytes(store)) as cache:
         x, ids, weights = tokens(store, n=4, k=2)
         ids[:] = [[0, 1], [3, 1], [2, 4], [5, 3]]

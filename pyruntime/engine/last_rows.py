@@ -9,6 +9,7 @@ from pyruntime import ops
 from pyruntime.engine.linear import apply
 from pyruntime.engine.loader import Weights
 from pyruntime.engine.step import Floats, Rows, Sequence, StepResult
+from pyruntime.moe import DEGRADED, FAILED
 
 __all__ = ["sample_rows"]
 
@@ -20,12 +21,14 @@ def sample_rows(
     pieces: list[int],
     x: Floats,
     rows: Rows,
-    bad_tokens: NDArray[np.bool_],
+    token_status: NDArray[np.uint8],
     result: StepResult,
     return_logits: bool,
 ) -> list[tuple[int, int]]:
     """Fill the result's samples; return (request, token) pairs."""
-    for piece in np.unique(rows.row_piece[bad_tokens]).tolist():
+    lowered = np.bincount(rows.row_piece[token_status & DEGRADED != 0])
+    result.degraded = {rows.requests[p]: int(lowered[p]) for p in np.flatnonzero(lowered).tolist()}
+    for piece in np.unique(rows.row_piece[token_status & FAILED != 0]).tolist():
         result.failed[rows.requests[piece]] = "an expert could not be read"
     pieces = [piece for piece in pieces if rows.requests[piece] not in result.failed]
     if not pieces:

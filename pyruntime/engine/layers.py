@@ -48,7 +48,7 @@ class Layers:
         rows: Rows,
         chosen: slice | NDArray[np.int64],
         result: StepResult,
-        bad_tokens: NDArray[np.bool_],
+        token_status: NDArray[np.uint8],
     ) -> Iterator[tuple[int, str]]:
         """One decoder layer over the rows `chosen`, whose hidden states are `x`, in place."""
         c, w = self.config, self.weights.layers[layer]
@@ -125,7 +125,7 @@ class Layers:
             self.experts.hint(layer + 1, x)
         status = self.experts.ffn(layer, normed, ids, shares, out)
         if status.any():
-            bad_tokens[chosen] |= status != 0
+            token_status[chosen] |= status
         clock = _add(result.seconds, "experts", clock)
         if w.dense is not None and w.shared_gate is not None:
             _, gate = ops.router(

@@ -153,6 +153,8 @@ class Completion:
     tokens: list[int]
     finish_reason: str
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    degraded_tokens: int = 0
+    """Tokens, of the prompt too, that damaged experts computed at a lower width."""
 
 
 class LLM:
@@ -349,6 +351,7 @@ class _Completing:
             return True
         c.tokens += delta.tokens
         c.logprobs += delta.logprobs or []
+        c.degraded_tokens = max(c.degraded_tokens, delta.degraded_tokens)
         text, stopped = self._stops.feed(self._decoder.feed(delta.tokens))
         c.text += text
         if stopped:

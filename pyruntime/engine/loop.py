@@ -49,6 +49,7 @@ class _Live:
     stops: frozenset[int]
     generated: int = 0
     cached: int = 0
+    degraded: int = 0
 
 
 class _View:
@@ -77,6 +78,7 @@ class LoopStats:
     seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     finished: Counter[str] = field(default_factory=Counter)
     expert_bytes: int = 0
+    degraded_tokens: int = 0
 
 
 class EngineLoop:
@@ -242,6 +244,9 @@ class EngineLoop:
         if result.expert_tokens is not None and result.expert_bytes is not None:
             self.expert_tokens += result.expert_tokens
             self.stats.expert_bytes += int(result.expert_bytes.sum())
+        for handle, tokens in result.degraded.items():
+            self._live[handle].degraded += tokens
+            self.stats.degraded_tokens += tokens
         for handle, reason in result.failed.items():
             delta = self._end(handle, State.FAILED, "error")
             delta.error, delta.error_kind = reason, "internal"
@@ -264,6 +269,7 @@ class EngineLoop:
                 delta = Delta(live.submit.id)
             delta.tokens, delta.logprobs = [token], logprobs
             delta.cached_tokens = live.cached if live.generated == 1 else 0
+            delta.degraded_tokens = live.degraded
             deltas.append(delta)
 
     def _failed(self, plan: StepPlan, error: Exception, deltas: list[Delta]) -> None:
@@ -331,6 +337,7 @@ class EngineLoop:
             "cached_tokens": stats.cached_tokens,
             "generated_tokens": stats.generated_tokens,
             "expert_bytes": stats.expert_bytes,
+            "degraded_tokens": stats.degraded_tokens,
             "seconds": dict(stats.seconds),
             "finished": dict(stats.finished),
             "waits": dict(self.scheduler.waits),

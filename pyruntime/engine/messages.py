@@ -54,3 +54,6 @@ class Delta:
     "internal"."""
     cached_tokens: int = 0
     """With the first token: prompt tokens that were in memory already."""
+    degraded_tokens: int = 0
+    """Tokens of the request so far, prompt included, that experts computed at a lower width than
+    asked because planes are damaged."""

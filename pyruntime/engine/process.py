@@ -86,8 +86,8 @@ def pack_delta(delta: Delta) -> list[Any]:
     entries = delta.logprobs
     logprobs = None if entries is None else [(e.token, e.logprob, e.top) for e in entries]
     plain: list[Any] = [delta.id, delta.tokens, logprobs, delta.finish_reason]
-    if delta.error or delta.cached_tokens:
-        plain += [delta.error, delta.error_kind, delta.cached_tokens]
+    if delta.error or delta.cached_tokens or delta.degraded_tokens:
+        plain += [delta.error, delta.error_kind, delta.cached_tokens, delta.degraded_tokens]
     return plain
 
 

@@ -386,17 +386,17 @@ class Engine:
             ops.embedding(ids, w.embedding, x)
         elif fresh.any():
             x[fresh] = ops.embedding(ids[fresh], w.embedding)
-        bad_tokens = np.zeros(len(x), bool)
+        token_status = np.zeros(len(x), np.uint8)
         for layer in range(c.num_layers):
             active = (rows.layer_lo <= layer) & (layer < rows.layer_hi)
             if not active.any():
                 continue
             if active.all():
-                yield from self._layers.run(layer, x, rows, slice(None), result, bad_tokens)
+                yield from self._layers.run(layer, x, rows, slice(None), result, token_status)
             else:
                 chosen = np.flatnonzero(active[rows.row_piece])
                 some = x[chosen]
-                yield from self._layers.run(layer, some, rows, chosen, result, bad_tokens)
+                yield from self._layers.run(layer, some, rows, chosen, result, token_status)
                 x[chosen] = some
         yield c.num_layers, "logits"
         clock = time.perf_counter()
@@ -406,7 +406,7 @@ class Engine:
             if rows.layer_hi[piece] == c.num_layers and last == self._sequences[request].size:
                 sampling.append(piece)
         sampled = sample_rows(
-            w, c.eps, self._sequences, sampling, x, rows, bad_tokens, result, return_logits
+            w, c.eps, self._sequences, sampling, x, rows, token_status, result, return_logits
         )
         for piece in np.flatnonzero(rows.layer_hi < c.num_layers).tolist():
             part = slice(rows.starts[piece], rows.starts[piece + 1])

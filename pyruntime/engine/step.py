@@ -82,6 +82,8 @@ class StepResult:
     sampled: ops.SampleResult | None
     failed: dict[int, str] = field(default_factory=dict)
     """Requests that cannot go on, and why; they are not in `requests`."""
+    degraded: dict[int, int] = field(default_factory=dict)
+    """Tokens of a request that were computed at a lower width because of damaged planes."""
     status: dict[int, str] = field(default_factory=dict)
     """Every request of the plan: "sampled", "advanced" (its piece ends before the last token or
     layer), "failed", or "stopped"."""

@@ -18,7 +18,10 @@ from pyruntime.moe.policy import BitPolicy, Fixed
 from pyruntime.moe.store import ExpertStore
 from pyruntime.pool import Budget
 
-__all__ = ["ORDERS", "ExpertCache", "makespan", "plan_loads"]
+__all__ = ["DEGRADED", "FAILED", "ORDERS", "ExpertCache", "makespan", "plan_loads"]
+
+#: A token's status after `ExpertCache.ffn`, bits of it; 0 if all is well.
+FAILED, DEGRADED = 1, 2
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int32]
@@ -143,7 +146,9 @@ class ExpertCache:
         Returns
         -------
         uint8 [n]
-            1 for a token whose planes could not be read; its row of `out` is zero.
+            `FAILED` for a token whose planes could not be read: its row of `out` is zero.
+            `DEGRADED` for one computed at a lower width, as a finer plane is damaged (not if
+            deterministic).
         """
         levels = self.policy.levels(layer, ids, weights)
         floors = None
@@ -153,8 +158,7 @@ class ExpertCache:
             np.put_along_axis(floors, first, np.take_along_axis(levels, first, 1), 1)
         status = np.zeros(len(x), np.uint8)
         self._live().ffn(layer, self.store.hidden, x, ids, weights, levels, 0, floors, out, status)
-        failed: NDArray[np.uint8] = (status == 1).view(np.uint8)
-        return failed
+        return status
 
     def expert_bytes(self, layer: int) -> int:
         """Return the bytes of one expert at the fixed width, or at its widest.

@@ -114,6 +114,7 @@ class _EngineCollector(Collector):
         ("cached_tokens", "Prompt tokens found in KV memory"),
         ("generated_tokens", "Tokens generated"),
         ("expert_bytes", "Weight bytes of the experts used"),
+        ("degraded_tokens", "Tokens computed at a lower width because of damaged experts"),
     )
 
     def __init__(self, stats: Callable[[], dict[str, Any]]) -> None:

@@ -52,6 +52,7 @@ SUMMED = (
     "cached_tokens",
     "generated_tokens",
     "expert_bytes",
+    "degraded_tokens",
 )
 Connect = Callable[[int, Callable[[], None]], EngineClient]
 

@@ -72,6 +72,7 @@ class Choice:
     text: str = ""
     num_tokens: int = 0
     cached_tokens: int = 0
+    degraded_tokens: int = 0
     finish_reason: str | None = None
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     last_time: float = 0.0
@@ -79,6 +80,7 @@ class Choice:
     def feed(self, delta: Delta) -> tuple[str, bool]:
         """Take a delta; return the new text, and whether a stop string ended the choice."""
         self.num_tokens += len(delta.tokens)
+        self.degraded_tokens = max(self.degraded_tokens, delta.degraded_tokens)
         self.logprobs += delta.logprobs or []
         text, stopped = self.stops.feed(self.decoder.feed(delta.tokens))
         if stopped:
@@ -198,17 +200,20 @@ class Run:
         self.abort()
 
     def usage(self) -> dict[str, Any]:
-        """Return token counts as OpenAI does."""
+        """Return token counts as OpenAI does; `degraded_tokens` if there are any (see `Delta`)."""
         prompt = sum(
             len(c.submit.tokens) for c in {id(c.submit.tokens): c for c in self.choices}.values()
         )
         completion = sum(choice.num_tokens for choice in self.choices)
-        return {
+        usage = {
             "prompt_tokens": prompt,
             "completion_tokens": completion,
             "total_tokens": prompt + completion,
             "prompt_tokens_details": {"cached_tokens": sum(c.cached_tokens for c in self.choices)},
         }
+        if degraded := sum(choice.degraded_tokens for choice in self.choices):
+            usage["degraded_tokens"] = degraded
+        return usage
 
     def _log(self) -> None:
         self._metrics.requests.labels(self._route, 200).inc()
