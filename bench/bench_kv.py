@@ -23,7 +23,7 @@ import pytest
 
 from bench import kv_rows
 from bench.support import size
-from pyruntime.kv import Admission, BlockPool, Retention
+from pyruntime.kv import Admission, BlockPool, Retention, plan_prefixes
 
 HERE = Path(__file__).parent
 PYTHONS = {name: os.environ.get(f"PYRUNTIME_{name.upper()}_PYTHON") for name in ("vllm", "sglang")}
@@ -321,6 +321,25 @@ def test_hit_rates(benchmark, blocks):
         "hit_rate": {policy: round(rate, 4) for policy, rate in rates.items()},
         "loss_of_runs": round(rates["lru, single blocks"] - rates["lru"], 4),
         "loss_aim": 0.01,
+    }
+
+
+@pytest.mark.parametrize("blocks", [1000, 4000, 16_000])
+def test_planned_batch(benchmark, blocks):
+    """A whole trace as one batch known beforehand: hits as it came, and as planned."""
+    requests, source = talks(size(benchmark, None, 200))
+    prompts = [np.array([*ids, -1], np.int32) for ids in requests]  # the last is never shared
+    plan = benchmark.pedantic(lambda: plan_prefixes(prompts, 1), rounds=3, iterations=1)
+    total = sum(map(len, requests))
+    planned = [requests[i] for i in plan.order()]
+    benchmark.extra_info |= {
+        "trace": source,
+        "requests": len(requests),
+        "pool_tokens": blocks * 512,
+        "as_it_came": round(hit_rate(requests, blocks, "lru"), 4),
+        "planned": round(hit_rate(planned, blocks, "lru"), 4),
+        "one_prefix_each": round(plan.saved / total, 4),
+        "possible": round(plan.possible / total, 4),
     }
 
 

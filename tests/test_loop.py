@@ -303,6 +303,16 @@ def test_llm_generates_in_order_and_stops_at_strings():
     assert not llm.loop.busy
 
 
+def test_llm_plans_the_prefixes_of_a_batch():
+    prefixes = [[5 + i] * 96 for i in range(8)]
+    prompts = [prefixes[i % 8] + [100 + i] for i in range(32)]  # in memory: two of the eight
+    llm = LLM(max_running=1, kv_bytes=16 * 16 * 4096)
+    done = llm.generate(prompts, max_tokens=2, ignore_eos=True)
+    assert llm.loop.stats.cached_tokens == (32 - 8) * 96
+    one_by_one = [llm.generate([p], max_tokens=2, ignore_eos=True)[0].tokens for p in prompts]
+    assert [c.tokens for c in done] == one_by_one
+
+
 def test_llm_streams():
     async def main(llm):
         pieces = [piece async for piece in llm.stream("The list is", max_tokens=20)]

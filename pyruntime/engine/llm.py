@@ -22,7 +22,7 @@ from pyruntime.engine.sampling import SamplingParams
 from pyruntime.engine.stored import STORE_NAME
 from pyruntime.engine.text import StopStrings, Tokenizer
 from pyruntime.errors import CapacityError, Error, InternalError, InvalidArgumentError
-from pyruntime.kv import ServingPool
+from pyruntime.kv import ServingPool, plan_prefixes
 from pyruntime.moe import ExpertCache, ExpertStore, Fixed, parse_policy
 from pyruntime.sched import preset
 
@@ -217,7 +217,7 @@ class LLM:
         ignore_eos: bool = False,
         progress: Callable[[int, int], None] | None = None,
     ) -> list[Completion]:
-        """Continue prompts, all in one batch.
+        """Continue prompts, all in one batch, those with a common prefix one after the other.
 
         Parameters
         ----------
@@ -254,7 +254,9 @@ class LLM:
             submit = self._submit(prompt, params, max_tokens, ignore_eos)
             states[submit.id] = _Completing(self.tokenizer, stop)
             waiting.append(submit)
-        waiting.reverse()
+        # Those that share a prefix one after the other, so that it is still in memory.
+        order = plan_prefixes([submit.tokens for submit in waiting], BLOCK_SIZE).order()
+        waiting = [waiting[index] for index in reversed(order)]
         batch = 2 * self.loop.scheduler.resources.max_running
         done, told = 0, time.monotonic()
         try:

@@ -43,6 +43,7 @@ from pyruntime.kv.batch import Batch
 from pyruntime.kv.block_pool import BlockPool
 from pyruntime.kv.events import EventLog, block_keys
 from pyruntime.kv.export import export_keys
+from pyruntime.kv.planner import PrefixGroup, PrefixPlan, plan_prefixes
 from pyruntime.kv.prefix import ReferencePrefixPool
 from pyruntime.kv.records import Admission, Match, StepOutcome
 from pyruntime.kv.reference import ReferenceBlockPool
@@ -62,6 +63,8 @@ __all__ = [
     "KvGroup",
     "KvStorage",
     "Match",
+    "PrefixGroup",
+    "PrefixPlan",
     "ReferenceBlockPool",
     "ReferencePrefixPool",
     "Retention",
@@ -71,4 +74,5 @@ __all__ = [
     "SwapEngine",
     "block_keys",
     "export_keys",
+    "plan_prefixes",
 ]
