@@ -9,8 +9,8 @@
 #include <cstring>
 #include <tuple>
 
+#include "base/crc32c.hpp"
 #include "base/status.hpp"
-#include "moe/crc32c.hpp"
 
 namespace pyruntime::moe {
 namespace {
@@ -49,7 +49,7 @@ void check_header(const std::string& path, const Header& h, uint64_t actual) {
     fail(PYRT_EVERSION, "%s has format version %u; this library reads version %u", name, h.version,
          kVersion);
   }
-  const uint32_t crc = crc32c(&h, offsetof(Header, crc));
+  const uint32_t crc = base::crc32c(&h, offsetof(Header, crc));
   if (crc != h.crc) {
     fail(PYRT_ECORRUPT, "%s: header checksum is %08x, expected %08x", name, crc, h.crc);
   }
@@ -158,7 +158,7 @@ void Store::open() {
   check_header(path_, header_, actual);
   Footer footer;
   read_at(descriptor_, path_, &footer, sizeof footer, actual - sizeof footer);
-  if (footer.commit != kCommitMark || footer.crc != crc32c(&footer, offsetof(Footer, crc)) ||
+  if (footer.commit != kCommitMark || footer.crc != base::crc32c(&footer, offsetof(Footer, crc)) ||
       footer.file_bytes != actual) {
     fail(PYRT_ECORRUPT, "%s has no commit mark at offset %llu: it was not finished", path_.c_str(),
          static_cast<ull>(actual - sizeof footer));
@@ -166,7 +166,7 @@ void Store::open() {
   records_.resize(header_.num_records);
   read_at(descriptor_, path_, records_.data(), records_.size() * sizeof(Record),
           header_.index_offset);
-  const uint32_t crc = crc32c(records_.data(), records_.size() * sizeof(Record));
+  const uint32_t crc = base::crc32c(records_.data(), records_.size() * sizeof(Record));
   if (crc != footer.index_crc) {
     fail(PYRT_ECORRUPT, "%s: index checksum at offset %llu is %08x, expected %08x", path_.c_str(),
          static_cast<ull>(header_.index_offset), crc, footer.index_crc);
@@ -226,7 +226,7 @@ void Store::read(const Record& record, void* out) const {
 }
 
 void Store::check(const Record& record, const void* data) const {
-  const uint32_t crc = crc32c(data, record.bytes);
+  const uint32_t crc = base::crc32c(data, record.bytes);
   if (crc != record.crc) {
     fail(PYRT_ECORRUPT,
          "%s: %s of layer %u, %s %u, level %u at offset %llu has checksum %08x, expected %08x",

@@ -5,8 +5,8 @@
 #include <cerrno>
 #include <cstring>
 
+#include "base/crc32c.hpp"
 #include "base/status.hpp"
-#include "moe/crc32c.hpp"
 #include "moe/store.hpp"
 
 namespace pyruntime::moe {
@@ -67,7 +67,7 @@ void StoreWriter::write_at(const void* data, size_t size, uint64_t offset) {
 void StoreWriter::put(Record record, const void* data) {
   if (descriptor_ < 0) fail(PYRT_ESTATE, "the store is committed already");
   record.offset = end_;
-  record.crc = crc32c(data, record.bytes);
+  record.crc = base::crc32c(data, record.bytes);
   write_at(data, record.bytes, end_);
   records_.push_back(record);
   end_ += padded(record.bytes);
@@ -131,7 +131,7 @@ void StoreWriter::commit() {
   header_.index_offset = end_;
   header_.num_records = records_.size();
   header_.file_bytes = end_ + records_.size() * sizeof(Record) + sizeof(Footer);
-  header_.crc = crc32c(&header_, offsetof(Header, crc));
+  header_.crc = base::crc32c(&header_, offsetof(Header, crc));
   try {
     check_index(temporary_, header_, records_);
   } catch (const Error& error) {
@@ -139,8 +139,8 @@ void StoreWriter::commit() {
   }
   Footer footer{};
   footer.file_bytes = header_.file_bytes;
-  footer.index_crc = crc32c(records_.data(), records_.size() * sizeof(Record));
-  footer.crc = crc32c(&footer, offsetof(Footer, crc));
+  footer.index_crc = base::crc32c(records_.data(), records_.size() * sizeof(Record));
+  footer.crc = base::crc32c(&footer, offsetof(Footer, crc));
   footer.commit = kCommitMark;
   write_at(records_.data(), records_.size() * sizeof(Record), end_);
   write_at(&header_, sizeof header_, 0);

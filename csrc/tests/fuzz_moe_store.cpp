@@ -12,8 +12,8 @@
 #include <string>
 #include <vector>
 
+#include "base/crc32c.hpp"
 #include "base/status.hpp"
-#include "moe/crc32c.hpp"
 #include "moe/store.hpp"
 
 namespace moe = pyruntime::moe;
@@ -60,14 +60,15 @@ void repair(std::vector<uint8_t>& bytes) {
   moe::Header header;
   moe::Footer footer;
   std::memcpy(&header, bytes.data(), sizeof header);
-  header.crc = moe::crc32c(&header, offsetof(moe::Header, crc));
+  header.crc = pyruntime::base::crc32c(&header, offsetof(moe::Header, crc));
   std::memcpy(bytes.data(), &header, sizeof header);
   const size_t at = bytes.size() - sizeof footer;
   std::memcpy(&footer, bytes.data() + at, sizeof footer);
   if (header.index_offset <= at) {
-    footer.index_crc = moe::crc32c(bytes.data() + header.index_offset, at - header.index_offset);
+    footer.index_crc =
+        pyruntime::base::crc32c(bytes.data() + header.index_offset, at - header.index_offset);
   }
-  footer.crc = moe::crc32c(&footer, offsetof(moe::Footer, crc));
+  footer.crc = pyruntime::base::crc32c(&footer, offsetof(moe::Footer, crc));
   std::memcpy(bytes.data() + at, &footer, sizeof footer);
 }
 

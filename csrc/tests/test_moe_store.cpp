@@ -10,8 +10,8 @@
 #include <functional>
 #include <random>
 
+#include "base/crc32c.hpp"
 #include "base/status.hpp"
-#include "moe/crc32c.hpp"
 #include "moe/store.hpp"
 
 namespace pyruntime::moe {
@@ -101,6 +101,7 @@ pyrt_status status_of(Body body) {
 }
 
 TEST(Crc32c, KnownValueAndBothVersionsAgree) {
+  using base::crc32c, base::crc32c_tables;
   EXPECT_EQ(crc32c("123456789", 9), 0xe3069283u);
   std::vector<uint8_t> bytes(50000);
   std::mt19937 random(1);

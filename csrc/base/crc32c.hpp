@@ -4,7 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 
-namespace pyruntime::moe {
+namespace pyruntime::base {
 
 // Continues `crc` (0 to start) over `size` bytes; three streams of the SSE4.2 instruction where the
 // CPU has it, tables elsewhere. Same result either way.
@@ -13,4 +13,4 @@ uint32_t crc32c(const void* data, size_t size, uint32_t crc = 0) noexcept;
 // The table version, for tests.
 uint32_t crc32c_tables(const void* data, size_t size, uint32_t crc = 0) noexcept;
 
-}  // namespace pyruntime::moe
+}  // namespace pyruntime::base

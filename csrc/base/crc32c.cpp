@@ -1,4 +1,4 @@
-#include "moe/crc32c.hpp"
+#include "base/crc32c.hpp"
 
 #include <array>
 #include <cstring>
@@ -7,7 +7,7 @@
 #include <nmmintrin.h>
 #endif
 
-namespace pyruntime::moe {
+namespace pyruntime::base {
 namespace {
 
 constexpr uint32_t kPolynomial = 0x82f63b78;
@@ -101,4 +101,4 @@ uint32_t crc32c(const void* data, size_t size, uint32_t crc) noexcept {
   return crc32c_tables(data, size, crc);
 }
 
-}  // namespace pyruntime::moe
+}  // namespace pyruntime::base
