@@ -1,4 +1,8 @@
 // Bad input at every entry of kv_tiers.h; see support/abuse.hpp.
+#include <unistd.h>
+
+#include <cstdlib>
+
 #include "tests/support/abuse.hpp"
 
 using namespace pyruntime::abuse;
@@ -155,11 +159,147 @@ std::vector<Row> swap_rows(Swaps& s) {
   };
 }
 
+struct Disks {
+  Disks() {
+    EXPECT_NE(mkdtemp(folder), nullptr);
+    path = std::string(folder) + "/blocks";
+    pyrt_kv_disk_options_init(&options);
+    options.item_bytes = 16;
+    options.capacity_bytes = 1 << 16;
+    EXPECT_EQ(pyrt_kv_disk_open(path.c_str(), &options, &disk), PYRT_OK);
+    statistics.struct_size = sizeof statistics;
+  }
+  ~Disks() {
+    pyrt_kv_disk_close(disk);
+    std::filesystem::remove_all(folder);
+  }
+  char folder[32] = "/tmp/pyruntime-abuse-XXXXXX";
+  std::string path;
+  pyrt_kv_disk_options options{};
+  pyrt_kv_disk* disk = nullptr;
+  uint8_t keys[64] = {1}, data[32] = {}, found[2] = {};
+  uint64_t n = 0;
+  pyrt_kv_disk_statistics statistics{};
+};
+
+std::vector<Row> disk_rows(Disks& d) {
+  const auto open = [&d](auto change) {
+    return [&d, change] {
+      pyrt_kv_disk_options options = d.options;
+      change(options);
+      pyrt_kv_disk* disk = nullptr;
+      const pyrt_status status = pyrt_kv_disk_open((d.path + "2").c_str(), &options, &disk);
+      EXPECT_EQ(disk, nullptr);
+      return status;
+    };
+  };
+  using O = pyrt_kv_disk_options;
+  return {
+      {"pyrt_kv_disk_options_init", "null",
+       [] {
+         pyrt_kv_disk_options_init(nullptr);
+         return PYRT_OK;
+       },
+       PYRT_OK},
+      {"pyrt_kv_disk_open", "null path",
+       [&] {
+         pyrt_kv_disk* disk = nullptr;
+         return pyrt_kv_disk_open(nullptr, &d.options, &disk);
+       }},
+      {"pyrt_kv_disk_open", "null options",
+       [&] {
+         pyrt_kv_disk* disk = nullptr;
+         return pyrt_kv_disk_open(d.path.c_str(), nullptr, &disk);
+       }},
+      {"pyrt_kv_disk_open", "null out",
+       [&] { return pyrt_kv_disk_open(d.path.c_str(), &d.options, nullptr); }},
+      {"pyrt_kv_disk_open", "struct_size", open([](O& o) { o.struct_size = 8; })},
+      {"pyrt_kv_disk_open", "no item", open([](O& o) { o.item_bytes = 0; })},
+      {"pyrt_kv_disk_open", "huge item", open([](O& o) { o.item_bytes = ~0ull; })},
+      {"pyrt_kv_disk_open", "no capacity", open([](O& o) { o.capacity_bytes = 0; })},
+      {"pyrt_kv_disk_open", "null fingerprint", open([](O& o) { o.fingerprint_bytes = 3; })},
+      {"pyrt_kv_disk_open", "huge fingerprint", open([&d](O& o) {
+         o.fingerprint = d.data;
+         o.fingerprint_bytes = ~0u;
+       })},
+      {"pyrt_kv_disk_open", "twice",
+       [&] {
+         pyrt_kv_disk* disk = nullptr;
+         return pyrt_kv_disk_open(d.path.c_str(), &d.options, &disk);
+       },
+       PYRT_ESTATE},
+      {"pyrt_kv_disk_close", "null",
+       [] {
+         pyrt_kv_disk_close(nullptr);
+         return PYRT_OK;
+       },
+       PYRT_OK},
+      {"pyrt_kv_disk_put", "null",
+       [&] { return pyrt_kv_disk_put(nullptr, d.keys, 1, d.data, &d.n); }},
+      {"pyrt_kv_disk_put", "null keys",
+       [&] { return pyrt_kv_disk_put(d.disk, nullptr, 1, d.data, &d.n); }},
+      {"pyrt_kv_disk_put", "null data",
+       [&] { return pyrt_kv_disk_put(d.disk, d.keys, 1, nullptr, &d.n); }},
+      {"pyrt_kv_disk_put", "huge",
+       [&] { return pyrt_kv_disk_put(d.disk, d.keys, ~0ull, d.data, &d.n); }},
+      {"pyrt_kv_disk_put", "nothing",
+       [&] { return pyrt_kv_disk_put(d.disk, nullptr, 0, nullptr, nullptr); }, PYRT_OK},
+      {"pyrt_kv_disk_put", "right",
+       [&] { return pyrt_kv_disk_put(d.disk, d.keys, 2, d.data, nullptr); }, PYRT_OK},
+      {"pyrt_kv_disk_get", "null",
+       [&] { return pyrt_kv_disk_get(nullptr, d.keys, 1, d.data, d.found); }},
+      {"pyrt_kv_disk_get", "null keys",
+       [&] { return pyrt_kv_disk_get(d.disk, nullptr, 1, d.data, d.found); }},
+      {"pyrt_kv_disk_get", "null out",
+       [&] { return pyrt_kv_disk_get(d.disk, d.keys, 1, nullptr, d.found); }},
+      {"pyrt_kv_disk_get", "null found",
+       [&] { return pyrt_kv_disk_get(d.disk, d.keys, 1, d.data, nullptr); }},
+      {"pyrt_kv_disk_get", "huge",
+       [&] { return pyrt_kv_disk_get(d.disk, d.keys, kHuge, d.data, d.found); }},
+      {"pyrt_kv_disk_get", "right",
+       [&] { return pyrt_kv_disk_get(d.disk, d.keys, 2, d.data, d.found); }, PYRT_OK},
+      {"pyrt_kv_disk_match", "null", [&] { return pyrt_kv_disk_match(nullptr, d.keys, 1, &d.n); }},
+      {"pyrt_kv_disk_match", "null keys",
+       [&] { return pyrt_kv_disk_match(d.disk, nullptr, 1, &d.n); }},
+      {"pyrt_kv_disk_match", "null out",
+       [&] { return pyrt_kv_disk_match(d.disk, d.keys, 1, nullptr); }},
+      {"pyrt_kv_disk_match", "huge",
+       [&] { return pyrt_kv_disk_match(d.disk, d.keys, kHuge, &d.n); }},
+      {"pyrt_kv_disk_fail_io", "null", [] { return pyrt_kv_disk_fail_io(nullptr, 1, 0); }},
+      {"pyrt_kv_disk_fail_io", "negative", [&] { return pyrt_kv_disk_fail_io(d.disk, -1, 0); }},
+      {"pyrt_kv_disk_fail_io", "no fault", [&] { return pyrt_kv_disk_fail_io(d.disk, 1, 4); }},
+      {"pyrt_kv_disk_fail_io", "a read",
+       [&] {
+         EXPECT_EQ(pyrt_kv_disk_fail_io(d.disk, 1, PYRT_KV_DISK_FAIL_READ), PYRT_OK);
+         return pyrt_kv_disk_get(d.disk, d.keys, 2, d.data, d.found);
+       },
+       PYRT_EIO},
+      {"pyrt_kv_disk_get_statistics", "null",
+       [&] { return pyrt_kv_disk_get_statistics(nullptr, &d.statistics); }},
+      {"pyrt_kv_disk_get_statistics", "null out",
+       [&] { return pyrt_kv_disk_get_statistics(d.disk, nullptr); }},
+      {"pyrt_kv_disk_get_statistics", "right",
+       [&] {
+         d.statistics.file_bytes = 7;
+         d.statistics.struct_size = offsetof(pyrt_kv_disk_statistics, file_bytes);
+         const pyrt_status status = pyrt_kv_disk_get_statistics(d.disk, &d.statistics);
+         EXPECT_EQ(d.statistics.items, 2u);
+         EXPECT_EQ(d.statistics.file_bytes, 7u);
+         return status;
+       },
+       PYRT_OK},
+      {"pyrt_kv_disk_check", "null", [] { return pyrt_kv_disk_check(nullptr); }},
+      {"pyrt_kv_disk_check", "right", [&] { return pyrt_kv_disk_check(d.disk); }, PYRT_OK},
+  };
+}
+
 TEST(AbuseKvTiers, EveryEntry) {
   Swaps swaps;
+  Disks disks;
   std::vector<Row> rows = export_rows();
-  const std::vector<Row> more = swap_rows(swaps);
-  rows.insert(rows.end(), more.begin(), more.end());
+  for (const std::vector<Row>& more : {swap_rows(swaps), disk_rows(disks)}) {
+    rows.insert(rows.end(), more.begin(), more.end());
+  }
   run(rows);
   expect_covered("kv_tiers.h", rows);
 }

@@ -1,5 +1,5 @@
-/* KV blocks below and beyond the device: names of content that are the same everywhere, and copies
- * of blocks between tiers beside an engine's steps.
+/* KV blocks below and beyond the device: names of content that are the same everywhere, copies of
+ * blocks between tiers beside an engine's steps, and blocks in a file.
  *
  * Conventions are those of abi.h.
  */
@@ -136,6 +136,100 @@ PYRT_API pyrt_status pyrt_kv_swap_get_statistics(pyrt_kv_swap* swap,
                                                  pyrt_kv_swap_statistics* out) PYRT_NOEXCEPT;
 /* Counts the blocks in flight again; PYRT_ECORRUPT says what is wrong. */
 PYRT_API pyrt_status pyrt_kv_swap_check(pyrt_kv_swap* swap) PYRT_NOEXCEPT;
+
+/* The disk tier: items of one size in one file under keys of 32 bytes (pyrt_kv_export_keys), there
+ * after a restart; the least recently used ones make room. What is in doubt is a miss: an item is
+ * checked by its checksum whenever it is read. The file's layout and the order of its writes are in
+ * csrc/kv/disk.hpp.
+ *
+ * Calls block for their I/O. Any thread may call; reads run beside each other and beside a put, and
+ * puts take turns. In a forked child every call gives PYRT_ESTATE. */
+typedef struct pyrt_kv_disk pyrt_kv_disk;
+
+typedef struct pyrt_kv_disk_options {
+  uint32_t struct_size;
+  uint32_t fingerprint_bytes; /* at most 1024 */
+  uint64_t item_bytes;        /* of an item, 1 .. 2^30 */
+  uint64_t capacity_bytes;    /* of the file; it grows as it is filled. Room for two items at least,
+                                 beside 64 bytes for each and one page; a sixteenth of the items, at
+                                 most 64 of them, stay free. At most 2^24 items. */
+  const void* fingerprint; /* says what the items are about: model, block size, dtype; may be NULL
+                              if its length is 0 */
+} pyrt_kv_disk_options;
+
+enum {
+  PYRT_KV_DISK_MISS = 0,
+  PYRT_KV_DISK_HIT = 1,
+  PYRT_KV_DISK_CORRUPT = 2 /* its checksum did not fit: dropped now */
+};
+
+enum {
+  PYRT_KV_DISK_FAIL_IO = 0,    /* a write or sync fails */
+  PYRT_KV_DISK_FAIL_SPACE = 1, /* a write or sync finds the disk full */
+  PYRT_KV_DISK_FAIL_STOP = 2,  /* a write is half done, and none follows: what a crash leaves */
+  PYRT_KV_DISK_FAIL_READ = 3   /* a read fails */
+};
+
+typedef struct pyrt_kv_disk_statistics {
+  uint32_t struct_size;
+  uint32_t reserved;
+  uint64_t capacity; /* items */
+  uint64_t items;
+  uint64_t hits;    /* keys that get found */
+  uint64_t misses;  /* and did not */
+  uint64_t corrupt; /* items dropped for their checksum, counted as misses as well */
+  uint64_t stored;  /* items written */
+  uint64_t evicted;
+  uint64_t failures; /* calls that a failed read or write ended */
+  uint64_t bytes_read;
+  uint64_t bytes_written;
+  uint64_t syncs;
+  uint64_t file_bytes; /* once it is full */
+} pyrt_kv_disk_statistics;
+
+/* Fills defaults: no fingerprint; both sizes are the caller's to say. */
+PYRT_API void pyrt_kv_disk_options_init(pyrt_kv_disk_options* options) PYRT_NOEXCEPT;
+
+/* Opens the file, or makes it (readable by its owner only) where there is none, and locks it.
+ * PYRT_ESTATE: it is open already, here or elsewhere; PYRT_EINVAL: it was made with another
+ * fingerprint, item size or capacity; PYRT_EVERSION, PYRT_ECORRUPT: it is of another version, or no
+ * such file; PYRT_ENOENT, PYRT_EIO, PYRT_EFULL: what the system says. A file that is shorter than
+ * it was, or whose records or items are damaged, opens: what is damaged is missing. */
+PYRT_API pyrt_status pyrt_kv_disk_open(const char* path, const pyrt_kv_disk_options* options,
+                                       pyrt_kv_disk** out) PYRT_NOEXCEPT;
+/* Nothing is left to write. No other call may be running. */
+PYRT_API void pyrt_kv_disk_close(pyrt_kv_disk* disk) PYRT_NOEXCEPT;
+
+/* Stores those of `n` items that are not there; those that are count as used, the first key as the
+ * last used. Of more than the capacity, the first. `data` holds n * item_bytes bytes. Durable on
+ * return; `stored` (may be NULL) says how many were new.
+ *
+ * PYRT_EFULL (the disk has no room), PYRT_EIO: what was there stays; items are stored in rounds of
+ * a sixteenth of the capacity, at most 64, and those of earlier rounds stay as well. */
+PYRT_API pyrt_status pyrt_kv_disk_put(pyrt_kv_disk* disk, const uint8_t* keys, uint64_t n,
+                                      const void* data, uint64_t* stored) PYRT_NOEXCEPT;
+
+/* Reads items to their places in `out`, n * item_bytes bytes, and says for each key what was found:
+ * one of the values above. Where there was no hit, `out` is zero.
+ *
+ * PYRT_EIO: a read failed; nothing is dropped, and `out` and `found` are undefined. */
+PYRT_API pyrt_status pyrt_kv_disk_get(pyrt_kv_disk* disk, const uint8_t* keys, uint64_t n,
+                                      void* out, uint8_t* found) PYRT_NOEXCEPT;
+
+/* How many of the keys, from the first on, are there, without I/O; they count as used. */
+PYRT_API pyrt_status pyrt_kv_disk_match(pyrt_kv_disk* disk, const uint8_t* keys, uint64_t n,
+                                        uint64_t* out) PYRT_NOEXCEPT;
+
+/* For tests: the n-th such call of the system from now goes wrong, in the way of
+ * PYRT_KV_DISK_FAIL_*; 0: none. */
+PYRT_API pyrt_status pyrt_kv_disk_fail_io(pyrt_kv_disk* disk, int64_t n,
+                                          uint32_t fault) PYRT_NOEXCEPT;
+
+/* Fields beyond the caller's struct_size are not written. */
+PYRT_API pyrt_status pyrt_kv_disk_get_statistics(pyrt_kv_disk* disk,
+                                                 pyrt_kv_disk_statistics* out) PYRT_NOEXCEPT;
+/* Counts everything again; PYRT_ECORRUPT says what is wrong. No I/O; O(slots). */
+PYRT_API pyrt_status pyrt_kv_disk_check(pyrt_kv_disk* disk) PYRT_NOEXCEPT;
 
 #ifdef __cplusplus
 }
