@@ -1,7 +1,9 @@
-// Names of KV content as bytes, and the swap engine.
+// Names of KV content as bytes, the swap engine, and the disk tier.
 #include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <limits>
 #include <vector>
 
 #include "native.hpp"
@@ -123,6 +125,88 @@ class Swap {
   pyrt_kv_swap* swap_ = nullptr;
 };
 
+class Disk {
+ public:
+  Disk(const std::string& path, uint64_t item_bytes, uint64_t capacity_bytes,
+       const py::bytes& fingerprint)
+      : item_bytes_(item_bytes) {
+    const std::string_view given = fingerprint;
+    pyrt_kv_disk_options options;
+    pyrt_kv_disk_options_init(&options);
+    options.item_bytes = item_bytes;
+    options.capacity_bytes = capacity_bytes;
+    options.fingerprint = given.data();
+    options.fingerprint_bytes =
+        static_cast<uint32_t>(std::min<size_t>(given.size(), std::numeric_limits<uint32_t>::max()));
+    call([&] { return pyrt_kv_disk_open(path.c_str(), &options, &disk_); });
+  }
+  ~Disk() { close(); }
+  Disk(const Disk&) = delete;
+  Disk& operator=(const Disk&) = delete;
+
+  void close() {
+    py::gil_scoped_release release;
+    pyrt_kv_disk_close(disk_);
+    disk_ = nullptr;
+  }
+  uint64_t put(const Array<uint8_t>& keys, const Array<uint8_t>& data) {
+    const uint64_t n = count(keys);
+    if (static_cast<uint64_t>(data.size()) != n * item_bytes_) {
+      throw py::value_error("data must have item_bytes bytes for each key");
+    }
+    const uint8_t* key = keys.data();
+    const uint8_t* at = data.data();
+    uint64_t stored = 0;
+    call([&] { return pyrt_kv_disk_put(disk_, key, n, at, &stored); });
+    return stored;
+  }
+  Array<uint8_t> get(const Array<uint8_t>& keys, Array<uint8_t> out) {
+    const uint64_t n = count(keys);
+    if (static_cast<uint64_t>(out.size()) != n * item_bytes_) {
+      throw py::value_error("out must have item_bytes bytes for each key");
+    }
+    Array<uint8_t> found(static_cast<py::ssize_t>(n));
+    const uint8_t* key = keys.data();
+    uint8_t* at = out.mutable_data();
+    uint8_t* answers = found.mutable_data();
+    call([&] { return pyrt_kv_disk_get(disk_, key, n, at, answers); });
+    return found;
+  }
+  uint64_t match(const Array<uint8_t>& keys) {
+    const uint64_t n = count(keys);
+    const uint8_t* key = keys.data();
+    uint64_t there = 0;
+    call([&] { return pyrt_kv_disk_match(disk_, key, n, &there); });
+    return there;
+  }
+  void fail_io(int64_t n, uint32_t fault) { check(pyrt_kv_disk_fail_io(disk_, n, fault)); }
+  void verify() {
+    call([&] { return pyrt_kv_disk_check(disk_); });
+  }
+  py::dict statistics() {
+    pyrt_kv_disk_statistics s{};
+    s.struct_size = sizeof s;
+    call([&] { return pyrt_kv_disk_get_statistics(disk_, &s); });
+    using namespace py::literals;
+    return py::dict("capacity"_a = s.capacity, "items"_a = s.items, "hits"_a = s.hits,
+                    "misses"_a = s.misses, "corrupt"_a = s.corrupt, "stored"_a = s.stored,
+                    "evicted"_a = s.evicted, "failures"_a = s.failures,
+                    "bytes_read"_a = s.bytes_read, "bytes_written"_a = s.bytes_written,
+                    "syncs"_a = s.syncs, "file_bytes"_a = s.file_bytes);
+  }
+
+ private:
+  static uint64_t count(const Array<uint8_t>& keys) {
+    if (keys.ndim() != 2 || keys.shape(1) != PYRT_KV_EXPORT_KEY_BYTES) {
+      throw py::value_error("keys must have the shape (n, 32)");
+    }
+    return static_cast<uint64_t>(keys.shape(0));
+  }
+
+  pyrt_kv_disk* disk_ = nullptr;
+  const uint64_t item_bytes_;
+};
+
 }  // namespace
 
 void bind_kv_tiers(py::module_& m) {
@@ -145,6 +229,16 @@ void bind_kv_tiers(py::module_& m) {
       .def("fail_part", &Swap::fail_part, py::arg("n"))
       .def("verify", &Swap::verify)
       .def("statistics", &Swap::statistics);
+  py::class_<Disk>(m, "KvDisk")
+      .def(py::init<const std::string&, uint64_t, uint64_t, const py::bytes&>(), py::arg("path"),
+           py::arg("item_bytes"), py::arg("capacity_bytes"), py::arg("fingerprint"))
+      .def("close", &Disk::close)
+      .def("put", &Disk::put, py::arg("keys").noconvert(), py::arg("data").noconvert())
+      .def("get", &Disk::get, py::arg("keys").noconvert(), py::arg("out").noconvert())
+      .def("match", &Disk::match, py::arg("keys").noconvert())
+      .def("fail_io", &Disk::fail_io, py::arg("n"), py::arg("fault"))
+      .def("verify", &Disk::verify)
+      .def("statistics", &Disk::statistics);
 }
 
 }  // namespace pyruntime::bindings

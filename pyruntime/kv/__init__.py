@@ -41,6 +41,7 @@ and which work they are ordered after; here ``"cpu"`` and 0.
 
 from pyruntime.kv.batch import Batch
 from pyruntime.kv.block_pool import BlockPool
+from pyruntime.kv.disk import DiskTier
 from pyruntime.kv.events import EventLog, block_keys
 from pyruntime.kv.export import export_keys
 from pyruntime.kv.planner import PrefixGroup, PrefixPlan, plan_prefixes
@@ -56,6 +57,7 @@ __all__ = [
     "Admission",
     "Batch",
     "BlockPool",
+    "DiskTier",
     "EnginePool",
     "EventLog",
     "GroupTable",
