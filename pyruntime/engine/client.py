@@ -198,6 +198,7 @@ class ThreadClient(StreamingClient):
         self._refuse("the engine is closed")
         self._serving.close()
         self._thread.join()
+        self._loop.close()
 
 
 class _Mailbox:

@@ -19,10 +19,11 @@ from pyruntime.engine.memory import plan_memory
 from pyruntime.engine.messages import Delta, Submit, TokenLogprobs
 from pyruntime.engine.runner import Engine
 from pyruntime.engine.sampling import SamplingParams
-from pyruntime.engine.stored import STORE_NAME
+from pyruntime.engine.stored import STORE_NAME, content_hash
 from pyruntime.engine.text import StopStrings, Tokenizer
 from pyruntime.errors import CapacityError, Error, InternalError, InvalidArgumentError
-from pyruntime.kv import ServingPool, plan_prefixes
+from pyruntime.kv import DiskCache, DiskTier, ServingPool, plan_prefixes
+from pyruntime.kv.disk_cache import QUEUE_BYTES
 from pyruntime.moe import ExpertCache, ExpertStore, Fixed, parse_policy
 from pyruntime.sched import preset
 
@@ -45,6 +46,8 @@ def make_loop(
     memory_budget: int | None = None,
     bit_policy: str | None = None,
     deterministic: bool = True,
+    disk_cache: str | Path | None = None,
+    disk_bytes: int = 4 << 30,
     progress: Progress | None = None,
 ) -> EngineLoop:
     """Load a model and everything that serves it.
@@ -71,6 +74,12 @@ def make_loop(
         of `bits`.
     deterministic : bool, default True
         Text never depends on what is in memory (`pyruntime.moe.ExpertCache`).
+    disk_cache : path, optional
+        A file for keys and values of what was served: prompts that begin alike find them there,
+        also after a restart. It belongs to one process, one model and one `disk_bytes`; the model's
+        weights are read once more to tell. `EngineLoop.close` writes what is on its way.
+    disk_bytes : int, default 4 GiB
+        Of that file at most.
     progress : callable, optional
         Called with (layers loaded, layers).
 
@@ -79,7 +88,8 @@ def make_loop(
     pyruntime.errors.CapacityError
         The budget is too small; the message has its parts.
     pyruntime.errors.InvalidArgumentError
-        The options do not go together, or the model is not quantized.
+        The options do not go together, or the model is not quantized, or the disk cache is another
+        model's. `pyruntime.kv.DiskTier` says what else its file may raise.
     """
     config = ModelConfig.load(model)
     if bits is not None and bit_policy is not None:
@@ -108,7 +118,7 @@ def make_loop(
                 memory_budget,
                 config,
                 weights.dense_bytes,
-                kv_bytes + swap_bytes,
+                kv_bytes + swap_bytes + (2 * QUEUE_BYTES if disk_cache is not None else 0),
                 tokens,
                 max_running,
             )
@@ -133,6 +143,17 @@ def make_loop(
         cache if cached else None,
         hidden_budget=hidden_budget,
     )
+    disk = None
+    if disk_cache is not None:
+        widths = f"bits {bits}, {bit_policy}, deterministic {deterministic}"
+        about = f"{content_hash(model).hex()}, blocks of {BLOCK_SIZE} tokens in float32, {widths}"
+        tier = DiskTier(
+            disk_cache,
+            item_bytes=block_bytes,
+            capacity_bytes=disk_bytes,
+            fingerprint=about.encode(),
+        )
+        disk = DiskCache(tier, engine.kv, BLOCK_SIZE)
     groups = engine.kv.groups
     pool = ServingPool(
         num_blocks,
@@ -141,6 +162,7 @@ def make_loop(
         groups,
         swap_bytes * len(groups) // block_bytes,
         engine.kv,
+        disk=disk,
     )
     return EngineLoop(engine, pool, chosen, max_running=max_running, max_queued=max_queued)
 
@@ -166,6 +188,9 @@ class LLM:
         A Hugging Face model directory; the model that ships with pyruntime by default.
     policy, kv_bytes, max_running, bits, memory_budget, bit_policy, deterministic, progress
         See `make_loop`.
+    disk_cache, disk_bytes
+        See `make_loop`. `close` the model, or use it in a ``with`` block, to keep what it computed
+        last.
 
     Examples
     --------
@@ -186,6 +211,8 @@ class LLM:
         memory_budget: int | None = None,
         bit_policy: str | None = None,
         deterministic: bool = True,
+        disk_cache: str | Path | None = None,
+        disk_bytes: int = 4 << 30,
         progress: Progress | None = None,
     ) -> None:
         if model is None:
@@ -202,6 +229,8 @@ class LLM:
             memory_budget=memory_budget,
             bit_policy=bit_policy,
             deterministic=deterministic,
+            disk_cache=disk_cache,
+            disk_bytes=disk_bytes,
             progress=progress,
         )
         self._ids = itertools.count()
@@ -310,10 +339,11 @@ class LLM:
                 break
 
     def close(self) -> None:
-        """End the engine's thread, if `stream` started one."""
+        """End the engine's thread, if `stream` started one, and close the disk cache."""
         if self._client is not None:
             self._client.close()
             self._client = None
+        self.loop.close()
 
     def _submit(
         self,

@@ -133,6 +133,11 @@ class EngineLoop:
         live.cached = cached if live.generated == 0 else live.cached
         return cached
 
+    def close(self) -> None:
+        """Write what is on its way to a disk cache; no other call may follow."""
+        if isinstance(self.pool, ServingPool):
+            self.pool.close()
+
     @property
     def busy(self) -> bool:
         """Whether a step would do something."""

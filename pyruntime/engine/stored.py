@@ -15,7 +15,7 @@ from pyruntime.engine.config import ModelConfig
 from pyruntime.errors import CorruptDataError, InvalidArgumentError
 from pyruntime.moe import ExpertStore
 
-__all__ = ["STORE_NAME", "model_hash", "need_store", "open_store"]
+__all__ = ["STORE_NAME", "content_hash", "model_hash", "need_store", "open_store"]
 
 STORE_NAME = "experts.mxs"
 
@@ -29,6 +29,21 @@ def model_hash(directory: str | Path) -> bytes:
         size = int.from_bytes(file.read(8), "little")
         digest.update(file.read(min(size, 100 << 20)))
     return digest.digest()
+
+
+def content_hash(directory: str | Path) -> bytes:
+    """Return SHA-256 of everything that a model computes with: its configuration and all weights.
+
+    Reads every byte, so that no two models share what was computed by one of them.
+    """
+    directory = Path(directory)
+    whole = hashlib.sha256()
+    files = [*directory.glob("*.safetensors"), directory / STORE_NAME, directory / "config.json"]
+    for path in sorted(files):
+        if path.exists():
+            with path.open("rb") as file:
+                whole.update(hashlib.file_digest(file, "sha256").digest())
+    return whole.digest()
 
 
 def open_store(directory: str | Path, config: ModelConfig) -> ExpertStore | None:

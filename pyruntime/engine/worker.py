@@ -106,6 +106,7 @@ def main(descriptor: int) -> None:
     threading.Thread(target=read, daemon=True).start()
     with suppress(OSError):  # the client is gone
         serving.run()
+    loop.close()
     connection.close()
 
 

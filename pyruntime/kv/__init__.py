@@ -5,9 +5,9 @@ Contract
 The pool alone owns block ids, block tables, eviction and copies. Everybody else names requests.
 
 - ``admit(request, tokens, namespace, reserve) -> cached``: make a request known; returns how many
-  of its first tokens are in memory already and now its own; the last token never is. `reserve`
-  tokens count as promised. The scheduler asks for it, by ``start``, when a request leaves the
-  queue.
+  of its first tokens are there already, in memory or on disk, and now its own; the last token never
+  is. `reserve` tokens count as promised. The scheduler asks for it, by ``start``, when a request
+  leaves the queue.
 - ``dry_run(grow, free) -> blocks left``: what a step would leave, negative for a deficit. ``grow``
   holds (request, tokens it then holds), ``free`` requests whose blocks return first, freed or
   swapped out. No change. With several groups: of the group where least is left.
@@ -42,6 +42,7 @@ and which work they are ordered after; here ``"cpu"`` and 0.
 from pyruntime.kv.batch import Batch
 from pyruntime.kv.block_pool import BlockPool
 from pyruntime.kv.disk import DiskTier
+from pyruntime.kv.disk_cache import DiskCache
 from pyruntime.kv.events import EventLog, block_keys
 from pyruntime.kv.export import export_keys
 from pyruntime.kv.planner import PrefixGroup, PrefixPlan, plan_prefixes
@@ -57,6 +58,7 @@ __all__ = [
     "Admission",
     "Batch",
     "BlockPool",
+    "DiskCache",
     "DiskTier",
     "EnginePool",
     "EventLog",

@@ -42,6 +42,12 @@ FAMILIES = {
     "swap_copies": Family("counter", "Contiguous pieces they were copied in"),
     "swap_seconds": Family("counter", "Time that copies took"),
     "swap_wait_seconds": Family("counter", "Time that steps waited for them"),
+    "disk_blocks": Family("gauge", "KV blocks on disk"),
+    "disk_asked_blocks": Family("counter", "Prompts' KV blocks asked of the disk", ("result",)),
+    "disk_stored_blocks": Family("counter", "KV blocks written to disk"),
+    "disk_lost_blocks": Family("counter", "KV blocks not on disk any more, or never", ("reason",)),
+    "disk_bytes": Family("counter", "Bytes of KV blocks on disk", ("direction",)),
+    "disk_failures": Family("counter", "Reads and writes of the disk that failed"),
     "step_seconds": Family("histogram", "Time of a step in the pool", ("le",)),
 }
 
@@ -80,6 +86,17 @@ def flatten(stats: Mapping[str, Any]) -> dict[str, float]:
         "swap_seconds": stats.get("swap_copy_ns", 0) / 1e9,
         "swap_wait_seconds": stats.get("swap_wait_ns", 0) / 1e9,
     }
+    flat |= {
+        "disk_blocks": stats.get("disk_items", 0),
+        "disk_asked_blocks|found": stats.get("disk_found", 0),
+        "disk_asked_blocks|missing": stats.get("disk_asked", 0) - stats.get("disk_found", 0),
+        "disk_stored_blocks": stats.get("disk_stored", 0),
+        "disk_bytes|read": stats.get("disk_bytes_read", 0),
+        "disk_bytes|written": stats.get("disk_bytes_written", 0),
+        "disk_failures": stats.get("disk_failures", 0),
+    }
+    for reason in ("evicted", "corrupt", "dropped"):
+        flat[f"disk_lost_blocks|{reason}"] = stats.get(f"disk_{reason}", 0)
     bad = {name: stats.get(f"swap_{name}", 0) for name in ("failed", "cancelled")}
     flat["swaps|done"] = stats.get("swap_finished", 0) - sum(bad.values())
     flat |= {f"swaps|{name}": count for name, count in bad.items()}

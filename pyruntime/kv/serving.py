@@ -1,7 +1,7 @@
 """The block pool as an engine loop uses it: requests by number, and the contract of `pyruntime.kv`.
 
-Allocation, prefix sharing, eviction and events are `BlockPool`'s; here are names of requests, and
-swapping to host memory.
+Allocation, prefix sharing, eviction and events are `BlockPool`'s; here are names of requests,
+swapping to host memory, and prompts whose blocks are on disk.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from pyruntime.errors import CapacityError, InvalidArgumentError, NotFoundError, StateError
 from pyruntime.kv.block_pool import NO_COUNTS, NO_SEQS, BlockPool
+from pyruntime.kv.disk_cache import DiskCache
 from pyruntime.kv.records import REASONS
 from pyruntime.kv.swap import HostTier
 from pyruntime.kv.tables import GroupTable, KvGroup, KvStorage, StepTables
@@ -33,6 +34,11 @@ class _Request:
     """Entries of its tables."""
     swapped: list[dict[int, int]] | None = None
     """Per group: index of a table entry to its place on the host."""
+    namespace: bytes = b""
+    full: int = 0
+    """Leading blocks that are computed, where a disk is to have them."""
+    saved: int = 0
+    """Of them those that are on disk, on their way, or given up."""
 
 
 class ServingPool:
@@ -55,6 +61,8 @@ class ServingPool:
         Requests known at a time.
     host_budget : Budget, optional
         The host tier's bytes are reserved there.
+    disk : DiskCache, optional
+        Of the same storage: computed blocks are written there, and those of admitted prompts read.
     **options
         Of `BlockPool`.
     """
@@ -70,6 +78,7 @@ class ServingPool:
         *,
         max_requests: int = 4096,
         host_budget: Budget | None = None,
+        disk: DiskCache | None = None,
         **options: Any,
     ) -> None:
         if min(num_blocks, block_size, num_layers) < 1:
@@ -94,6 +103,7 @@ class ServingPool:
             if storage is None or not host_blocks
             else HostTier(storage, host_blocks, host_budget)
         )
+        self._disk = disk
         self._requests: dict[int, _Request] = {}
         self._spaces: dict[bytes, int] = {b"": 0}
         self._num_swapped = 0
@@ -103,7 +113,7 @@ class ServingPool:
     def admit(
         self, request: int, tokens: NDArray[np.int32], namespace: bytes = b"", reserve: int = 0
     ) -> int:
-        """Make a request known; its leading blocks in memory become its own.
+        """Make a request known; its leading blocks in memory, then those on disk, become its own.
 
         At least one token is left to compute. Returns the tokens that are not.
 
@@ -119,8 +129,36 @@ class ServingPool:
             space = self._spaces[namespace] = self.pool.namespace(namespace)
         seq = self._native.open(space)
         cached = self.pool.admit(seq, tokens, reserve=reserve)
-        self._requests[request] = _Request(seq, cached // self.block_size)
+        known = _Request(seq, cached // self.block_size, namespace=namespace)
+        self._requests[request] = known
+        if self._disk is not None:
+            cached = self._restore(known, tokens, cached, self._disk)
         return cached
+
+    def _restore(
+        self, known: _Request, tokens: NDArray[np.int32], cached: int, disk: DiskCache
+    ) -> int:
+        """Read the blocks behind the cached ones from disk; return the tokens cached now."""
+        have, most = cached // self.block_size, (len(tokens) - 1) // self.block_size
+        if have >= most:
+            return cached
+        keys = disk.keys(known.namespace, tokens[: most * self.block_size])
+        items = disk.load(keys[have:])
+        if not len(items):
+            return cached
+        end = have + len(items)
+        rows = [np.empty((1, end), np.int32) for _ in self.groups]
+        seqs, counts = (
+            np.array([known.seq], np.uint64),
+            np.array([end * self.block_size], np.uint32),
+        )
+        fitted, _, _ = self._native.step(NO_SEQS, (), seqs, counts, (), 0, rows)
+        if not fitted:  # a lone request's blocks fit when the scheduler has admitted it
+            return cached
+        known.blocks = known.full = known.saved = end
+        disk.place(items, [row[0, have:] for row in rows])
+        self._native.commit(known.seq, end * self.block_size, self.num_layers, tokens)
+        return end * self.block_size
 
     def start(self, request: int) -> int:
         """Make a request known whose tokens do not matter; see `pyruntime.sched.KvView`."""
@@ -139,8 +177,37 @@ class ServingPool:
     ) -> None:
         """Note that the first `tokens` tokens, which `ids` begins with, are valid in `layers`."""
         known = self._requests.get(request)
-        if known is not None:  # else cancelled while the step ran
-            self._native.commit(known.seq, tokens, layers, ids)
+        if known is None:  # cancelled while the step ran
+            return
+        if self._disk is not None and ids is not None and layers >= self.num_layers:
+            self._save(known, ids[:tokens], self._disk)  # before windows release blocks
+        self._native.commit(known.seq, tokens, layers, ids)
+
+    def _save(self, known: _Request, tokens: NDArray[np.int32], disk: DiskCache) -> None:
+        """Send blocks that became full to disk."""
+        full = len(tokens) // self.block_size
+        if full <= known.full:
+            return
+        known.full = full
+        keys = disk.keys(known.namespace, tokens)
+        first = max(known.saved, disk.tier.match(keys))
+        known.saved = full
+        if first >= full:
+            return
+        rows = [
+            self.pool.tables([known.seq], group=g, width=known.blocks)[0, first:full]
+            for g in range(len(self.groups))
+        ]
+        # A window may have released blocks that were never written: what is behind a gap is of no
+        # use.
+        if all((row >= 0).all() for row in rows):
+            known.saved = first + disk.save(keys[first:], rows)
+
+    def close(self) -> None:
+        """Write what is on its way to disk, and close its file."""
+        if self._disk is not None:
+            self._disk.close()
+            self._disk = None
 
     def observe(self, requests: Sequence[int], marks: dict[int, NDArray[np.uint8]]) -> None:
         """Take attention marks: this pool never asks for them."""
@@ -149,6 +216,8 @@ class ServingPool:
         """Return a request's blocks; unknown requests are ignored. Published blocks stay cached."""
         known = self._requests.pop(request, None)
         if known is not None:
+            if self._disk is not None:
+                self._disk.drop(known.full - known.saved)
             self._forget(known)
             self._native.free(known.seq)
 
@@ -397,12 +466,14 @@ class ServingPool:
         return int(self.pool.stats()["asked_tokens"])
 
     def stats(self) -> dict[str, Any]:
-        """Return the pool's counters and gauges, ``swapped`` blocks and the swaps' counters."""
+        """Return the pool's counters and gauges, ``swapped`` blocks, and those of other tiers."""
         swaps = {} if self._host is None else self._host.stats()
+        disk = {} if self._disk is None else self._disk.stats()
         return {
             **self.pool.stats(),
             "swapped": self._num_swapped,
             **{f"swap_{name}": value for name, value in swaps.items()},
+            **{f"disk_{name}": value for name, value in disk.items()},
         }
 
     def events(self, since: int) -> tuple[int, list[dict[str, Any]]]:

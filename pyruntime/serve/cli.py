@@ -134,6 +134,11 @@ def serve(
         int, typer.Option(help="Engine processes behind a router; 1 is a thread.", min=1, max=64)
     ] = 1,
     swap_memory: Annotated[int, typer.Option(help="MiB to swap to with policy swap.", min=0)] = 0,
+    disk_cache: Annotated[
+        Path | None,
+        typer.Option(help="File that keeps keys and values of served text across restarts."),
+    ] = None,
+    disk_memory: Annotated[int, typer.Option(help="MiB of that file at most.", min=1)] = 4096,
     grace_s: Annotated[float, typer.Option(help="Seconds to finish after SIGTERM.", min=0)] = 30.0,
 ) -> None:
     """Serve a model over the OpenAI API, with a status page at /."""
@@ -151,6 +156,8 @@ def serve(
         "bit_policy": bit_policy,
         "deterministic": deterministic,
     }
+    if disk_cache is not None:
+        options |= {"disk_cache": str(disk_cache), "disk_bytes": disk_memory << 20}
     client: EngineClient
     with _loading(directory) as progress:
         tokenizer = Tokenizer(directory)
@@ -177,11 +184,15 @@ def serve(
 
 
 def _router(directory: Path, options: dict[str, Any], workers: int, progress: Any) -> Router:
-    """Start engine processes behind a router; their cores are shared out."""
+    """Start engine processes behind a router; their cores are shared out, and the disk cache."""
     threads = max(1, len(os.sched_getaffinity(0)) // workers)
 
-    def connect(_: int, ended: Callable[[], None]) -> ProcessClient:
-        return ProcessClient(str(directory), options, progress, ended, threads)
+    def connect(index: int, ended: Callable[[], None]) -> ProcessClient:
+        own = dict(options)
+        if "disk_cache" in own:  # a file belongs to one process
+            own["disk_cache"] += f".{index}"
+            own["disk_bytes"] //= workers
+        return ProcessClient(str(directory), own, progress, ended, threads)
 
     return Router(connect, workers, BLOCK_SIZE)
 
