@@ -46,7 +46,7 @@ def serve(loop, *prompts, tenant="", size=20):
     return found
 
 
-@pytest.mark.parametrize("policy", ["fcfs", "layered"])
+@pytest.mark.parametrize("policy", ["fcfs", "layered", "swap"])
 def test_text_is_the_same_after_a_restart(tmp_path, policy):
     [(wanted, none)] = serve(fresh(policy=policy), PROMPT)
     assert none == 0
@@ -153,11 +153,12 @@ def test_other_models_files_are_refused(tmp_path):
         make_loop(shipped(), disk_cache=tmp_path / "kv", disk_bytes=2 * DISK)
 
 
-def test_a_small_pool_takes_what_fits(tmp_path):
+@pytest.mark.parametrize("policy", ["fcfs", "swap"])
+def test_a_small_pool_takes_what_fits(tmp_path, policy):
     """Prompts of many requests at a time, more than memory holds, come back from disk."""
     prompts = [[i, *PROMPT] for i in range(20, 32)]
     wanted = serve(fresh(), *prompts)
-    options = {"kv_bytes": 24 * 1000 * 1000, "max_running": 4}
+    options = {"kv_bytes": 24 << 20, "max_running": 4, "policy": policy, "swap_bytes": 4 << 20}
     loop = fresh(tmp_path / "kv", **options)
     per_block = loop.pool._disk.tier.item_bytes
     loop.close()
