@@ -169,3 +169,119 @@ def test_a_host_tier_is_counted_against_a_budget():
     pool.check()
     del pool
     assert budget.available_bytes == 2 * UNIT_BYTES
+
+
+class Writer:
+    """A serving pool whose every slot holds what its request, token and last writing say."""
+
+    GROUPS = (KvGroup((0,), 0, 4), KvGroup((1,), 12, 4))
+    BLOCK = 4
+
+    def __init__(self, num_blocks=24, host_blocks=20):
+        self.storage = KvStorage.allocate(list(self.GROUPS), num_blocks, 1, 1)
+        self.pool = ServingPool(
+            num_blocks, self.BLOCK, 2, list(self.GROUPS), host_blocks, self.storage
+        )
+        self.known, self.out = {}, set()  # request: tokens
+
+    def value(self, request, token):
+        return request * 1000 + token
+
+    def admit(self, request):
+        self.pool.admit(request, np.full(40, request, np.int32))
+        self.known[request] = 0
+
+    def grow(self, request, tokens, layers=2):
+        """Write the tokens that are new, and check all that were there."""
+        back = [request] if request in self.out else []
+        have = self.known[request]
+        tables = self.pool.step([(request, tokens)], swap_in=back)
+        self.out.discard(request)
+        for group, table in zip(self.GROUPS, tables.groups, strict=True):
+            keys = self.storage.keys[group.layers[0]]
+            first = max(0, have - group.window + 1) if group.window else 0
+            for token in range(first, tokens):
+                place = table.tables[0, token // self.BLOCK], token % self.BLOCK, 0
+                assert place[0] >= 0
+                if token < have:
+                    assert keys[place] == self.value(request, token)
+                else:
+                    keys[place] = self.value(request, token)
+        self.pool.commit(request, tokens, layers)
+        self.known[request] = tokens
+
+    def leave(self, request):
+        self.pool.step([], swap_out=[request])
+        self.out.add(request)
+
+    def copied(self):
+        return self.pool.stats()["swap_blocks"], self.pool.stats()["swap_clean"]
+
+
+def test_only_blocks_that_may_have_changed_are_copied_out_again():
+    writer = Writer()
+    writer.admit(1)
+    writer.grow(1, 10)
+    writer.leave(1)
+    assert writer.copied() == (3 + 3, 0)  # two groups
+    writer.grow(1, 17)
+    assert writer.copied() == (12, 0) and writer.pool.num_swapped == 0
+    writer.leave(1)
+    # 2 of 5 blocks are there still; the window has released the first of 4 in its group.
+    assert writer.copied() == (12 + 3 + 3, 2 + 1)
+    writer.grow(1, 18)
+    writer.leave(1)
+    assert writer.copied() == (18 + 9 + 1 + 1, 3 + 4 + 3)
+    assert writer.pool.num_swapped == 9
+    writer.pool.free(1)
+    assert writer.pool.num_swapped == 0
+    # All of the host is there again.
+    writer.admit(2)
+    writer.grow(2, 40)
+    assert writer.pool.can_swap(2)
+    writer.leave(2)
+    writer.pool.check()
+
+
+def test_blocks_of_a_prefill_by_layers_are_copied_again():
+    writer = Writer()
+    writer.admit(1)
+    writer.grow(1, 16, layers=1)  # the second layer is still to be written
+    writer.leave(1)
+    writer.grow(1, 16, layers=1)
+    writer.leave(1)
+    assert writer.copied()[1] == 0
+
+
+OPERATIONS = st.tuples(st.sampled_from("agogogogf"), st.integers(0, 2), st.integers(1, 9))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(OPERATIONS, min_size=20, max_size=60))
+def test_shadows_never_bring_back_what_is_old(program):
+    writer = Writer()
+    for name, index, count in program:
+        known = list(writer.known)
+        try:
+            if name == "a" or not known:
+                request = max(known, default=0) + 1
+                writer.admit(request)
+            else:
+                request = known[index % len(known)]
+            if name == "f":
+                writer.pool.free(request)
+                writer.out.discard(request)
+                del writer.known[request]
+            elif name == "o":
+                writer.leave(request)
+            else:
+                writer.grow(request, min(40, writer.known[request] + count))
+        except errors.CapacityError:
+            continue
+        pool = writer.pool
+        on_host = sum(int((~free).sum()) for free in pool._host._free)
+        assert on_host == pool.num_swapped + pool._num_shadow <= pool.host_blocks
+        pool.check()
+    for request in list(writer.known):
+        writer.pool.free(request)
+    assert all(free.all() for free in writer.pool._host._free)

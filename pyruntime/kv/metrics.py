@@ -39,6 +39,7 @@ FAMILIES = {
     "swapped_blocks": Family("gauge", "KV blocks on the host"),
     "swaps": Family("counter", "Copies to or from the host, by how they ended", ("result",)),
     "swap_bytes": Family("counter", "Bytes copied to or from the host"),
+    "swap_clean_blocks": Family("counter", "Blocks swapped out whose copy was there still"),
     "swap_copies": Family("counter", "Contiguous pieces they were copied in"),
     "swap_seconds": Family("counter", "Time that copies took"),
     "swap_wait_seconds": Family("counter", "Time that steps waited for them"),
@@ -83,6 +84,7 @@ def flatten(stats: Mapping[str, Any]) -> dict[str, float]:
         "swapped_blocks": stats.get("swapped", 0),
         "swap_bytes": stats.get("swap_bytes", 0),
         "swap_copies": stats.get("swap_descriptors", 0),
+        "swap_clean_blocks": stats.get("swap_clean", 0),
         "swap_seconds": stats.get("swap_copy_ns", 0) / 1e9,
         "swap_wait_seconds": stats.get("swap_wait_ns", 0) / 1e9,
     }

@@ -34,9 +34,11 @@ class _Request:
     """Entries of its tables."""
     swapped: list[dict[int, int]] | None = None
     """Per group: index of a table entry to its place on the host."""
+    shadow: list[dict[int, int]] | None = None
+    """The same of blocks that were swapped in again and cannot have changed since."""
     namespace: bytes = b""
     full: int = 0
-    """Leading blocks that are computed, where a disk is to have them."""
+    """Leading blocks that are computed in all layers: they never change again."""
     saved: int = 0
     """Of them those that are on disk, on their way, or given up."""
 
@@ -107,6 +109,9 @@ class ServingPool:
         self._requests: dict[int, _Request] = {}
         self._spaces: dict[bytes, int] = {b"": 0}
         self._num_swapped = 0
+        self._shadowed: dict[int, _Request] = {}  # by sequence, the oldest first
+        self._num_shadow = 0
+        self._num_clean = 0
 
     # Requests
 
@@ -179,16 +184,16 @@ class ServingPool:
         known = self._requests.get(request)
         if known is None:  # cancelled while the step ran
             return
-        if self._disk is not None and ids is not None and layers >= self.num_layers:
-            self._save(known, ids[:tokens], self._disk)  # before windows release blocks
+        if layers >= self.num_layers:
+            full = tokens // self.block_size
+            if self._disk is not None and ids is not None and full > known.full:
+                self._save(known, ids[:tokens], self._disk)  # before windows release blocks
+            known.full = max(known.full, full)
         self._native.commit(known.seq, tokens, layers, ids)
 
     def _save(self, known: _Request, tokens: NDArray[np.int32], disk: DiskCache) -> None:
         """Send blocks that became full to disk."""
         full = len(tokens) // self.block_size
-        if full <= known.full:
-            return
-        known.full = full
         keys = disk.keys(known.namespace, tokens)
         first = max(known.saved, disk.tier.match(keys))
         known.saved = full
@@ -216,10 +221,15 @@ class ServingPool:
         """Return a request's blocks; unknown requests are ignored. Published blocks stay cached."""
         known = self._requests.pop(request, None)
         if known is not None:
-            if self._disk is not None:
-                self._disk.drop(known.full - known.saved)
-            self._forget(known)
+            self._leave(known)
             self._native.free(known.seq)
+
+    def _leave(self, known: _Request) -> None:
+        """Give back what a request has in other tiers."""
+        if self._disk is not None:
+            self._disk.drop(known.full - known.saved)
+        self._forget(known)
+        self._drop_shadow(known)
 
     # Planning
 
@@ -341,7 +351,7 @@ class ServingPool:
             lacking = -min(result["left"])
             raise CapacityError(f"the step lacks {lacking} KV blocks; preempt or finish a request")
         for request in frees:
-            del requests[request]
+            self._leave(requests.pop(request))
         for known, blocks in zip(growing, wanted, strict=True):
             known.blocks = max(known.blocks, blocks)
         made = StepTables(
@@ -393,15 +403,28 @@ class ServingPool:
             self.free(request)
         if self._host is None:
             return
-        for request in leaving:
-            self._out(self._requests[request], self._host)
+        going = [self._requests[request] for request in leaving]
+        self._make_room(going)
+        for known in going:
+            self._out(known, self._host)
         self._host.finish()  # before anybody gets the blocks
         returning = [self._requests[request] for request in dict.fromkeys(swap_in)]
         for known in returning:
             self._back(known, self._host)
         self._host.finish()
         for known in returning:
-            self._forget(known)
+            self._keep_shadow(known)
+
+    def _make_room(self, going: Sequence[_Request]) -> None:
+        """Drop the oldest shadows until the host has room for what is to be copied there."""
+        again = sum(_held(known.shadow) for known in going)
+        copies = sum(map(self._total, going)) - again
+        staying = {known.seq for known in going}
+        for seq in list(self._shadowed):
+            if copies <= self.host_blocks - self._num_swapped - self._num_shadow:
+                break
+            if seq not in staying:
+                self._drop_shadow(self._shadowed[seq])
 
     def _rows(self, known: _Request) -> list[list[int]]:
         if known.blocks == 0:
@@ -416,9 +439,15 @@ class ServingPool:
             return
         known.swapped = []
         for g, row in enumerate(self._rows(known)):
-            entries = [i for i, block in enumerate(row) if block >= 0]
-            places = host.out(g, [row[i] for i in entries])
-            known.swapped.append(dict(zip(entries, places, strict=True)))
+            there = {i for i, block in enumerate(row) if block >= 0}
+            clean = {} if known.shadow is None else known.shadow[g]
+            kept = {i: clean.pop(i) for i in there & clean.keys()}
+            dirty = sorted(there - kept.keys())
+            places = host.out(g, [row[i] for i in dirty])
+            known.swapped.append(dict(sorted([*kept.items(), *zip(dirty, places, strict=True)])))
+            self._num_clean += len(kept)
+            self._num_shadow -= len(kept)
+        self._drop_shadow(known)  # a window has left these behind
         self._num_swapped += _held(known.swapped)
         self._native.park(known.seq)
 
@@ -430,8 +459,29 @@ class ServingPool:
             places = known.swapped[g]
             host.back(g, list(places.values()), [row[i] for i in places])
 
+    def _keep_shadow(self, known: _Request) -> None:
+        """Let the host keep blocks that cannot change, until it needs their places."""
+        if known.swapped is None:
+            return
+        known.shadow = []
+        for places in known.swapped:
+            clean = {i: places.pop(i) for i in [i for i in places if i < known.full]}
+            known.shadow.append(clean)
+            self._num_shadow += len(clean)
+            self._num_swapped -= len(clean)
+        self._shadowed[known.seq] = known
+        self._forget(known)
+
+    def _drop_shadow(self, known: _Request) -> None:
+        if known.shadow is not None and self._host is not None:
+            for g, places in enumerate(known.shadow):
+                self._host.free(g, list(places.values()))
+            self._num_shadow -= _held(known.shadow)
+            known.shadow = None
+            del self._shadowed[known.seq]
+
     def _forget(self, known: _Request) -> None:
-        """Give back what a request has on the host."""
+        """Give back what a request has swapped out to the host."""
         if known.swapped is not None and self._host is not None:
             for g, places in enumerate(known.swapped):
                 self._host.free(g, list(places.values()))
@@ -472,6 +522,7 @@ class ServingPool:
         return {
             **self.pool.stats(),
             "swapped": self._num_swapped,
+            "swap_clean": self._num_clean,
             **{f"swap_{name}": value for name, value in swaps.items()},
             **{f"disk_{name}": value for name, value in disk.items()},
         }
