@@ -104,6 +104,7 @@ def test_native(benchmark, program, pages):
     info = benchmark.extra_info
     info["dpdk"] = answer["dpdk"] or "not installed"
     info["peers"] = [word.split("=")[0] for word in allocators()]
+    info["acquire_ns"] = answer["acquire_ns"]
     info["huge_coverage"] = round(answer["huge_bytes"] / answer["committed_bytes"], 3)
     for workload, ns in answer["ns"].items():
         info[workload] = compare(ns)
@@ -187,13 +188,18 @@ def test_python_bulk(benchmark):
 
 @pytest.mark.timeout(600)
 def test_huge_pages(benchmark):
-    """A random touch of every object's first word, on huge pages and on 4 KiB ones."""
+    """A random touch of every object's first word, on huge pages and on 4 KiB ones.
+
+    On hugetlb pages too where the system has them free (`sysctl vm.nr_hugepages=600`).
+    """
     count = size(benchmark, 1 << 19, 1024)
     order = np.random.default_rng(0).permutation(count)
     pools = {
         pages: Pool(2048, count, pages=pages, prefault="sync", align=2048)
-        for pages in ("thp", "4k")
+        for pages in ("thp", "4k", "hugetlb")
     }
+    if pools["hugetlb"].stats()["fallbacks"]:
+        pools.pop("hugetlb").close()
     words = {pages: pool.array.view(np.uint64) for pages, pool in pools.items()}  # [unit, slot, :]
     places = (*np.divmod(order, words["4k"].shape[1]), 0)
     taken = {pages: [] for pages in pools}
@@ -204,6 +210,9 @@ def test_huge_pages(benchmark):
             taken[pages].append((time.thread_time_ns() - start) / count)
     benchmark.pedantic(lambda: words["thp"][places].sum(), rounds=size(benchmark, 5, 1))
     pairs = zip(taken["thp"], taken["4k"], strict=True)
+    if "hugetlb" in taken:
+        hugetlb = zip(taken["thp"], taken["hugetlb"], strict=True)
+        benchmark.extra_info["hugetlb_ratio"] = round(middle([b / a for a, b in hugetlb]), 3)
     stats = pools["thp"].stats()
     benchmark.extra_info.update(
         {
