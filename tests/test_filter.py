@@ -21,7 +21,7 @@ class FilterModel(RuleBasedStateMachine):
 
     def __init__(self):
         super().__init__()
-        self.filter = CuckooFilter(300, bits=8, seed=5)
+        self.filter = CuckooFilter(100, bits=8, seed=5)
         self.model = Counter()
 
     @rule(keys=keys, unique=st.booleans())
@@ -40,6 +40,11 @@ class FilterModel(RuleBasedStateMachine):
             chosen = data.draw(st.lists(st.sampled_from(present), max_size=10, unique=True))
             assert self.filter.delete(chosen, must_exist=True) == len(chosen)
             self.model -= Counter(chosen)
+
+    @rule()
+    def grow(self):
+        if self.filter.num_generations < 5:
+            self.filter.grow()
 
     @rule()
     def save_and_load(self):
@@ -101,6 +106,49 @@ def test_strings_and_bytes():
     assert filter.insert([1, 2]) == 2
 
 
+def test_growing_takes_all_keys_and_keeps_them():
+    filter = CuckooFilter(1000, seed=8, on_full="grow")
+    keys = np.random.default_rng(1).permutation(1 << 17).astype(np.int64)
+    assert filter.insert(keys[:100_000]) == 100_000 and not filter.status.any()
+    assert filter.num_generations == 7 and filter.capacity >= 100_000
+    assert filter.insert(keys[:100_000], unique=True) == 0
+    assert (filter.status == EXISTS).all()
+    # Copies of one key reach a limit, which is no reason to grow.
+    copies = filter.insert([7] * 1000)
+    assert 16 * 6 < copies <= 16 * 7 and filter.num_generations == 7
+    assert filter.status.tolist() == [OK] * copies + [DUP_LIMIT] * (1000 - copies)
+    filter.delete([7] * copies, must_exist=True)
+    again = pickle.loads(pickle.dumps(filter))
+    assert again.on_full == "grow" and again.num_generations == 7 and len(again) == 100_000
+    for one in (filter, again):
+        one.delete(keys[:60_000], must_exist=True)
+        assert one.contains(keys[60_000:100_000]).all() and len(one) == 40_000
+        assert one.contains(keys[100_000:]).mean() < 2 * one.expected_fpr < 1e-2
+        one.verify()
+    filter.clear()
+    assert filter.num_generations == 1 and filter.capacity == 1000
+
+
+def test_threads_that_find_it_full_together_grow_it_once():
+    filter = CuckooFilter(2000, seed=9, on_full="grow")
+    keys = np.arange(8 * 4000).reshape(8, -1)
+    stored = []
+    threads = [
+        threading.Thread(
+            target=lambda row: stored.extend(filter.insert(some) for some in row.reshape(40, -1)),
+            args=(row,),
+        )
+        for row in keys
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sum(stored) == keys.size == len(filter) and filter.contains(keys.ravel()).all()
+    assert filter.num_generations <= 6
+    filter.verify()
+
+
 def test_what_became_of_each_key():
     filter = CuckooFilter(100, seed=3)
     assert filter.insert([7] * 20) == 16
@@ -145,8 +193,9 @@ def test_arguments_out_of_range():
             CuckooFilter(**wrong)
 
 
-def test_files(tmp_path):
-    filter = CuckooFilter(5000, seed=6)
+@pytest.mark.parametrize("capacity", [5000, 700])
+def test_files(tmp_path, capacity):
+    filter = CuckooFilter(capacity, seed=6, on_full="grow")
     filter.insert(np.arange(4000))
     path = tmp_path / "a.filter"
     filter.save(path)

@@ -48,6 +48,13 @@ def test_strings_stay_on_the_cpu():
         DeviceFilter(filter)
 
 
+def test_grown_filters_stay_on_the_cpu():
+    filter = CuckooFilter(100)
+    filter.grow()
+    with pytest.raises(errors.UnsupportedError, match="2 generations"):
+        DeviceFilter(filter)
+
+
 def test_words_go_out_and_in():
     filter = CuckooFilter(1000, seed=3)
     filter.insert(np.arange(900))

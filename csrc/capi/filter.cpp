@@ -113,6 +113,13 @@ pyrt_status pyrt_filter_hash_strings(const pyrt_filter* handle, const char* data
   });
 }
 
+pyrt_status pyrt_filter_grow(pyrt_filter* handle, uint32_t seen) noexcept {
+  return guard([&] {
+    require(handle, "filter");
+    of(handle)->grow(seen);
+  });
+}
+
 pyrt_status pyrt_filter_clear(pyrt_filter* handle) noexcept {
   return guard([&] {
     require(handle, "filter");
@@ -125,9 +132,10 @@ pyrt_status pyrt_filter_get_info(const pyrt_filter* handle, pyrt_filter_info* ou
     require(handle, "filter");
     require(out, "out");
     const filter::Info i = of(handle)->info();
-    pyrt_filter_info full{out->struct_size, i.bits,      i.slots,    i.buckets,     i.capacity,
-                          i.occupied,       i.num_slots, i.bytes,    i.seed,        i.num_segments,
-                          i.moves,          i.retries,   i.max_path, i.expected_fpr};
+    pyrt_filter_info full{out->struct_size, i.bits,         i.slots,       i.buckets,
+                          i.capacity,       i.occupied,     i.num_slots,   i.bytes,
+                          i.seed,           i.num_segments, i.moves,       i.retries,
+                          i.max_path,       i.expected_fpr, i.generations, 0};
     std::memcpy(out, &full, std::min<size_t>(full.struct_size, sizeof full));
   });
 }
@@ -148,12 +156,8 @@ pyrt_status pyrt_filter_save(const pyrt_filter* handle, void* out, uint64_t byte
   return guard([&] {
     require(handle, "filter");
     require(out, "out");
-    if (bytes != of(handle)->file_bytes()) {
-      fail(PYRT_EINVAL, "bytes is %" PRIu64 "; the filter has %" PRIu64, bytes,
-           of(handle)->file_bytes());
-    }
     if (key_kind > 2) fail(PYRT_EINVAL, "key_kind is %u; it must be in 0..2", key_kind);
-    of(handle)->save(out, static_cast<uint8_t>(key_kind));
+    of(handle)->save(out, bytes, static_cast<uint8_t>(key_kind));
   });
 }
 

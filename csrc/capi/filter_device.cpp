@@ -56,7 +56,8 @@ Call checked(const pyrt_filter_device* device, uintptr_t keys, uint64_t n, uintp
     require_address(bytes, 1, "status or out");
   }
   return {{reinterpret_cast<uint64_t*>(d.words), reinterpret_cast<uint32_t*>(d.epochs),
-           reinterpret_cast<uint64_t*>(d.counters), d.num_segments, d.seed, d.buckets, d.threshold},
+           reinterpret_cast<uint64_t*>(d.counters), d.num_segments, d.seed, d.buckets, d.threshold,
+           nullptr},
           static_cast<int>(d.bits),
           static_cast<int>(d.slots)};
 }
@@ -82,7 +83,7 @@ pyrt_status pyrt_filter_device_layout(const pyrt_filter* handle, pyrt_filter_dev
            sizeof *out);
     }
     const filter::Filter* f = of(handle);
-    const filter::View& v = f->view();
+    const filter::View v = f->view();
     *out = {sizeof *out,    f->bits(), f->slots(),       v.threshold, v.buckets, 0,
             v.num_segments, v.seed,    f->words_bytes(), 0,           0,         0};
   });

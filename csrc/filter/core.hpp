@@ -25,7 +25,9 @@
 // displaced nothing, and one that finds no path has written nothing. When the source slot has
 // changed under the mover (compare-and-swap fails), the copy it made is one too many, whichever of
 // the two slots the other thread took: one copy is removed from the pair of buckets, and the search
-// starts again.
+// starts again. In a table with older generations there may be none left in the pair, because a key
+// that collides and has its copy in an older generation was deleted, and took the one too many;
+// then that older copy is.
 #pragma once
 
 #include "filter/layout.hpp"
@@ -152,6 +154,19 @@ PYRT_FILTER_FN bool remove(const View& view, const Position& p) {
   return remove_from<Exec, W, B>(view, p.segment, p.first, p.second, p.fingerprint);
 }
 
+// Removes the copy too many that a spoilt move left: from the pair of buckets or, if it went to a
+// delete that should have found its own in an older generation, from there. Where a fingerprint is
+// in older generations follows from where it is in this one.
+template <class Exec, int W, int B>
+PYRT_FILTER_FN void undo_copy(const View& view, uint64_t segment, uint32_t bucket, uint32_t other,
+                              uint32_t fingerprint) {
+  bool gone = remove_from<Exec, W, B>(view, segment, bucket, other, fingerprint);
+  for (const View* older = view.older; !gone && older != nullptr; older = older->older) {
+    segment /= 2;
+    gone = remove_from<Exec, W, B>(*older, segment, bucket, other, fingerprint);
+  }
+}
+
 // One relocation on a path: the fingerprint in `lane` of `bucket` goes to the next move's bucket,
 // or, on the last move, to the bucket with room.
 struct Move {
@@ -181,7 +196,7 @@ PYRT_FILTER_FN bool execute_path(const View& view, uint64_t segment, const Move*
     if (!replace<Exec, W, B>(bucket_words<W, B>(view, segment, move.bucket), move.lane,
                              move.fingerprint, incoming)) {
       Exec::at(Step::undoing);
-      remove_from<Exec, W, B>(view, segment, copied_to, move.bucket, move.fingerprint);
+      undo_copy<Exec, W, B>(view, segment, copied_to, move.bucket, move.fingerprint);
       return false;
     }
     Exec::at(Step::replaced);

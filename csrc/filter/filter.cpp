@@ -4,8 +4,8 @@
 #include <cinttypes>
 #include <cmath>
 #include <cstring>
-#include <memory>
 #include <mutex>
+#include <shared_mutex>
 
 #include "base/os_memory.hpp"
 #include "base/status.hpp"
@@ -14,23 +14,15 @@
 namespace pyruntime::filter {
 namespace {
 
-constexpr uint64_t kMaxCapacity = uint64_t{1} << 38;
-constexpr int64_t kChunk = 1 << 16;  // keys of a task
-constexpr char kMagic[8] = {'P', 'Y', 'R', 'T', 'C', 'K', 'F', '1'};
-constexpr uint16_t kMajor = 1;
+constexpr int64_t kChunk = 1 << 16;        // keys of a task
+constexpr size_t kCascade = 1024;          // keys that go through the generations together
+constexpr uint8_t kAbsent = 0, kGone = 1;  // results of `contains` and `remove` that an older
+                                           // generation may still change
 
 // How full a segment may be planned: fewer slots, more chance.
-double design_load(uint64_t capacity) {
-  if (capacity >= 60'000) return 0.95;
-  return capacity >= 4'096 ? 0.90 : 0.82;
-}
-
-bool valid_shape(uint32_t bits, uint32_t slots) {
-  return (bits == 8 || bits == 16) && (slots == 8 || slots == 16);
-}
-
-uint64_t words_of(uint64_t num_segments, uint32_t buckets, uint32_t bits, uint32_t slots) {
-  return num_segments * buckets * (bits * slots / 64);
+double design_load(uint64_t keys) {
+  if (keys >= 60'000) return 0.95;
+  return keys >= 4'096 ? 0.90 : 0.82;
 }
 
 template <class Body>
@@ -45,7 +37,47 @@ uint64_t in_parallel(size_t n, const Body& body) {
   return total.load(std::memory_order_relaxed);
 }
 
+// run(table, keys, n, results) on one generation after the other, the newest first, each time on
+// the keys whose result is still `open`.
+template <class Iterator, class Run>
+void cascade(Iterator table, Iterator end, const uint64_t* keys, size_t n, uint8_t* results,
+             uint8_t open, const Run& run) {
+  uint64_t left[kCascade];
+  uint8_t theirs[kCascade];
+  uint16_t places[kCascade];
+  for (size_t begin = 0; begin < n; begin += kCascade) {
+    const size_t here = std::min(kCascade, n - begin);
+    uint8_t* const block = results + begin;
+    run(**table, keys + begin, here, block);
+    size_t num = 0;
+    for (size_t i = 0; i < here; ++i) {
+      if (block[i] != open) continue;
+      places[num] = static_cast<uint16_t>(i);
+      left[num++] = keys[begin + i];
+    }
+    for (Iterator older = std::next(table); older != end && num > 0; ++older) {
+      run(**older, left, num, theirs);
+      size_t still = 0;
+      for (size_t i = 0; i < num; ++i) {
+        block[places[i]] = theirs[i];
+        if (theirs[i] != open) continue;
+        places[still] = places[i];
+        left[still++] = left[i];
+      }
+      num = still;
+    }
+  }
+}
+
 }  // namespace
+
+bool valid_shape(uint32_t bits, uint32_t slots) {
+  return (bits == 8 || bits == 16) && (slots == 8 || slots == 16);
+}
+
+Table::~Table() {
+  if (base != nullptr) base::os::unreserve(base, mapped_bytes);
+}
 
 Filter::Filter(const Options& options) {
   if (options.capacity < 1 || options.capacity > kMaxCapacity) {
@@ -57,40 +89,47 @@ Filter::Filter(const Options& options) {
   bits_ = options.bits;
   slots_ = options.slots;
   capacity_ = options.capacity;
+  seed_ = options.seed;
+  threshold_ = slots_ == 16 ? 4 : 3;
   const double wanted = static_cast<double>(capacity_) / design_load(capacity_);
   const auto num_slots = static_cast<uint64_t>(std::ceil(wanted)) + 2 * slots_;
-  view_.num_segments = (num_slots + kMaxSegmentSlots - 1) / kMaxSegmentSlots;
-  const uint64_t per_segment = (num_slots + view_.num_segments - 1) / view_.num_segments;
+  const uint64_t num_segments = (num_slots + kMaxSegmentSlots - 1) / kMaxSegmentSlots;
+  const uint64_t per_segment = (num_slots + num_segments - 1) / num_segments;
   const uint64_t pairs = (per_segment + 2 * slots_ - 1) / (2 * slots_);
-  view_.buckets = static_cast<uint32_t>(std::min<uint64_t>(2 * pairs, kMaxSegmentSlots / slots_));
-  view_.threshold = slots_ == 16 ? 4 : 3;
-  view_.seed = options.seed;
-  allocate();
+  buckets_ = static_cast<uint32_t>(std::min<uint64_t>(2 * pairs, kMaxSegmentSlots / slots_));
+  push_table(make_table(num_segments));
 }
 
-void Filter::allocate() {
-  body_bytes_ = words_of(view_.num_segments, view_.buckets, bits_, slots_) * sizeof(uint64_t);
-  const uint64_t epochs_at = (body_bytes_ + 63) / 64 * 64;
-  const uint64_t counters_at = (epochs_at + view_.num_segments * sizeof(uint32_t) + 63) / 64 * 64;
-  const bool huge = body_bytes_ >= 4 * base::os::kHugePageBytes / 2;
+std::unique_ptr<Table> Filter::make_table(uint64_t num_segments) const {
+  auto table = std::make_unique<Table>();
+  table->words_bytes = extent_of(num_segments, buckets_, bits_, slots_, 0).bytes;
+  const uint64_t epochs_at = (table->words_bytes + 63) / 64 * 64;
+  const uint64_t counters_at = (epochs_at + num_segments * sizeof(uint32_t) + 63) / 64 * 64;
+  const bool huge = table->words_bytes >= 4 * base::os::kHugePageBytes / 2;
   const uint64_t page = huge ? base::os::kHugePageBytes : base::os::page_bytes();
-  mapped_bytes_ = (counters_at + kNumCounters * sizeof(uint64_t) + page - 1) / page * page;
-  base_ = base::os::reserve(mapped_bytes_, page);
-  if (base_ == nullptr || !base::os::commit(base_, mapped_bytes_)) {
-    if (base_ != nullptr) base::os::unreserve(base_, mapped_bytes_);
-    base_ = nullptr;
-    fail(PYRT_ENOMEM, "the system refuses %" PRIu64 " bytes", mapped_bytes_);
+  const uint64_t bytes = (counters_at + kNumCounters * sizeof(uint64_t) + page - 1) / page * page;
+  table->base = base::os::reserve(bytes, page);
+  table->mapped_bytes = bytes;
+  if (table->base == nullptr || !base::os::commit(table->base, bytes)) {
+    fail(PYRT_ENOMEM, "the system refuses %" PRIu64 " bytes", bytes);
   }
-  if (huge) base::os::advise_huge(base_, mapped_bytes_, true);
-  auto* bytes = static_cast<char*>(base_);
-  view_.words = reinterpret_cast<uint64_t*>(bytes);
-  view_.epochs = reinterpret_cast<uint32_t*>(bytes + epochs_at);
-  view_.counters = reinterpret_cast<uint64_t*>(bytes + counters_at);
-  kernels_ = &kernels(simd::level(), static_cast<int>(bits_), static_cast<int>(slots_));
+  if (huge) base::os::advise_huge(table->base, bytes, true);
+  auto* at = static_cast<char*>(table->base);
+  table->view.words = reinterpret_cast<uint64_t*>(at);
+  table->view.epochs = reinterpret_cast<uint32_t*>(at + epochs_at);
+  table->view.counters = reinterpret_cast<uint64_t*>(at + counters_at);
+  table->view.num_segments = num_segments;
+  table->view.seed = seed_;
+  table->view.buckets = buckets_;
+  table->view.threshold = threshold_;
+  return table;
 }
 
-Filter::~Filter() {
-  if (base_ != nullptr) base::os::unreserve(base_, mapped_bytes_);
+void Filter::push_table(std::unique_ptr<Table> table) {
+  kernels_ = &kernels(simd::level(), static_cast<int>(bits_), static_cast<int>(slots_));
+  table->planned = plan(table->view.num_segments, tables_.size());
+  if (!tables_.empty()) table->view.older = &tables_.back()->view;
+  tables_.push_back(std::move(table));
 }
 
 uint64_t Filter::insert(const uint64_t* keys, size_t n, uint8_t* status, bool unique) {
@@ -100,18 +139,89 @@ uint64_t Filter::insert(const uint64_t* keys, size_t n, uint8_t* status, bool un
     own.resize(n);
     status = own.data();
   }
+  if (tables_.size() > 1) {
+    return in_parallel(n, [&](size_t at, size_t count) {
+      return insert_into_generations(keys + at, count, status + at, unique);
+    });
+  }
+  Table& table = *tables_.front();
   const uint64_t stored = in_parallel(n, [&](size_t at, size_t count) {
-    return kernels_->insert(view_, keys + at, count, status + at, unique);
+    return kernels_->insert(table.view, keys + at, count, status + at, unique);
   });
-  occupied_.fetch_add(static_cast<int64_t>(stored), std::memory_order_relaxed);
+  table.occupied.fetch_add(static_cast<int64_t>(stored), std::memory_order_relaxed);
   if (stored == n) return stored;
   for (size_t i = 0; i < n; ++i) {
     if (status[i] != kFull) continue;
     uint32_t copies = 0;
-    kernels_->count(view_, keys + i, 1, &copies);
+    kernels_->count(table.view, keys + i, 1, &copies);
     if (copies >= 2 * slots_) status[i] = kDupLimit;
   }
   return stored;
+}
+
+uint64_t Filter::insert_into_generations(const uint64_t* keys, size_t n, uint8_t* status,
+                                         bool unique) {
+  uint64_t stored = 0;
+  uint64_t left[kCascade];
+  uint8_t theirs[kCascade];
+  uint16_t places[kCascade];
+  for (size_t begin = 0; begin < n; begin += kCascade) {
+    const size_t here = std::min(kCascade, n - begin);
+    const uint64_t* const block = keys + begin;
+    uint8_t* const result = status + begin;
+    std::fill_n(result, here, kAbsent);
+    if (unique) {
+      cascade(tables_.rbegin(), tables_.rend(), block, here, result, kAbsent,
+              [&](const Table& table, const uint64_t* some, size_t num, uint8_t* out) {
+                kernels_->contains(table.view, some, num, out);
+              });
+    }
+    size_t num = 0;
+    for (size_t i = 0; i < here; ++i) {
+      if (result[i] != kAbsent) {
+        result[i] = kExists;
+        continue;
+      }
+      places[num] = static_cast<uint16_t>(i);
+      left[num++] = block[i];
+    }
+    const auto roomy = std::find_if(tables_.rbegin(), tables_.rend(), [](const auto& table) {
+      return table->occupied.load(std::memory_order_relaxed) < static_cast<int64_t>(table->planned);
+    });
+    Table& table = roomy == tables_.rend() ? *tables_.back() : **roomy;
+    const uint64_t some = kernels_->insert(table.view, left, num, theirs, unique);
+    table.occupied.fetch_add(static_cast<int64_t>(some), std::memory_order_relaxed);
+    for (size_t i = 0; i < num; ++i) {
+      const auto mark = static_cast<Status>(theirs[i]);
+      const bool failed = mark == kFull || mark == kDupLimit;
+      result[places[i]] = failed ? insert_anywhere(left[i], unique) : mark;
+      stored += result[places[i]] == kOk;
+    }
+  }
+  return stored;
+}
+
+// For a key that found no room where it should have. If there is none at all, what the newest says
+// counts: many copies of one key must not look like a filter that has to grow.
+Status Filter::insert_anywhere(uint64_t key, bool unique) {
+  if (unique && contains_one(key)) return kExists;
+  Status newest = kOk;
+  for (auto table = tables_.rbegin(); table != tables_.rend(); ++table) {
+    uint8_t status = kFull;
+    if (kernels_->insert((*table)->view, &key, 1, &status, false) != 0) {
+      (*table)->occupied.fetch_add(1, std::memory_order_relaxed);
+      return kOk;
+    }
+    if (newest == kOk) newest = static_cast<Status>(status);
+  }
+  return newest;
+}
+
+bool Filter::contains_one(uint64_t key) const {
+  return std::any_of(tables_.rbegin(), tables_.rend(), [&](const auto& table) {
+    uint8_t found = 0;
+    return kernels_->contains(table->view, &key, 1, &found) != 0;
+  });
 }
 
 uint64_t Filter::remove(const uint64_t* keys, size_t n, uint8_t* status) {
@@ -121,17 +231,41 @@ uint64_t Filter::remove(const uint64_t* keys, size_t n, uint8_t* status) {
     own.resize(n);
     status = own.data();
   }
-  const uint64_t removed = in_parallel(n, [&](size_t at, size_t count) {
-    return kernels_->remove(view_, keys + at, count, status + at);
+  const auto from = [&](Table& table, const uint64_t* some, size_t num, uint8_t* out) {
+    const uint64_t removed = kernels_->remove(table.view, some, num, out);
+    table.occupied.fetch_sub(static_cast<int64_t>(removed), std::memory_order_relaxed);
+    return removed;
+  };
+  if (tables_.size() == 1) {
+    return in_parallel(n, [&](size_t at, size_t count) {
+      return from(*tables_.front(), keys + at, count, status + at);
+    });
+  }
+  return in_parallel(n, [&](size_t at, size_t count) {
+    uint64_t removed = 0;
+    cascade(tables_.rbegin(), tables_.rend(), keys + at, count, status + at, kGone,
+            [&](Table& table, const uint64_t* some, size_t num, uint8_t* out) {
+              removed += from(table, some, num, out);
+            });
+    return removed;
   });
-  occupied_.fetch_sub(static_cast<int64_t>(removed), std::memory_order_relaxed);
-  return removed;
 }
 
 uint64_t Filter::contains(const uint64_t* keys, size_t n, uint8_t* out) const {
   const std::shared_lock lock(gate_);
+  if (tables_.size() == 1) {
+    const View& view = tables_.front()->view;
+    return in_parallel(n, [&](size_t at, size_t count) {
+      return kernels_->contains(view, keys + at, count, out + at);
+    });
+  }
   return in_parallel(n, [&](size_t at, size_t count) {
-    return kernels_->contains(view_, keys + at, count, out + at);
+    uint64_t present = 0;
+    cascade(tables_.rbegin(), tables_.rend(), keys + at, count, out + at, kAbsent,
+            [&](const Table& table, const uint64_t* some, size_t num, uint8_t* to) {
+              present += kernels_->contains(table.view, some, num, to);
+            });
+    return present;
   });
 }
 
@@ -139,44 +273,87 @@ void Filter::count(const uint64_t* keys, size_t n, uint32_t* out) const {
   const std::shared_lock lock(gate_);
   std::fill_n(out, n, 0U);
   in_parallel(n, [&](size_t at, size_t count) {
-    kernels_->count(view_, keys + at, count, out + at);
+    for (const auto& table : tables_) kernels_->count(table->view, keys + at, count, out + at);
     return uint64_t{0};
   });
 }
 
+void Filter::grow(uint32_t seen) {
+  const std::unique_lock lock(gate_);
+  if (seen != 0 && tables_.size() > seen) return;
+  const uint64_t num_segments = 2 * tables_.back()->view.num_segments;
+  if (num_segments > kMaxSegments) {
+    fail(PYRT_EFULL, "a generation of %" PRIu64 " segments would be more than 2^24", num_segments);
+  }
+  push_table(make_table(num_segments));
+}
+
+void Filter::drop_generations() {
+  while (tables_.size() > 1) tables_.pop_back();
+}
+
 void Filter::clear() {
   const std::unique_lock lock(gate_);
-  std::memset(base_, 0, mapped_bytes_);
-  occupied_.store(0, std::memory_order_relaxed);
+  drop_generations();
+  Table& table = *tables_.front();
+  std::memset(table.base, 0, table.mapped_bytes);
+  table.occupied.store(0, std::memory_order_relaxed);
+}
+
+// Distinct keys that fit a generation for sure. The first is as large as its capacity asks. The
+// others have as many slots per key, but spread their keys over more segments, and small segments
+// differ: the fullest of them must still be within its design load.
+uint64_t Filter::plan(uint64_t num_segments, size_t generation) const {
+  if (generation == 0) return capacity_;
+  const auto segments = static_cast<double>(num_segments);
+  const double room = (buckets_ - 2.0) * slots_;
+  const double fits = room * (room >= 60'000 ? 0.97 : design_load(buckets_ * slots_));
+  // The mean m for which m + z * sqrt(m) fits; z is exceeded by a segment of one table in a
+  // million.
+  const double z = std::sqrt(2 * std::log(segments * 1e6));
+  const double root = (std::sqrt(z * z + 4 * fits) - z) / 2;
+  const auto keys = static_cast<uint64_t>(segments * root * root);
+  return std::min(keys, capacity_ << generation);
 }
 
 Info Filter::info() const {
   const std::shared_lock lock(gate_);
   Info i{};
-  i.capacity = capacity_;
-  i.occupied =
-      static_cast<uint64_t>(std::max<int64_t>(occupied_.load(std::memory_order_relaxed), 0));
-  i.num_slots = view_.num_segments * view_.buckets * slots_;
-  i.bytes = mapped_bytes_;
-  i.seed = view_.seed;
-  i.num_segments = view_.num_segments;
+  int64_t occupied = 0;
+  double miss = 1;
+  const double values = std::exp2(bits_) - 1;
+  for (const auto& each : tables_) {
+    const Table& table = *each;
+    const int64_t here = table.occupied.load(std::memory_order_relaxed);
+    const uint64_t num_slots = table.view.num_segments * buckets_ * slots_;
+    const uint64_t* counters = table.view.counters;
+    i.capacity += table.planned;
+    i.num_slots += num_slots;
+    i.bytes += table.mapped_bytes;
+    i.moves += __atomic_load_n(counters + kMoves, __ATOMIC_RELAXED);
+    i.retries += __atomic_load_n(counters + kRetries, __ATOMIC_RELAXED);
+    i.max_path = std::max(i.max_path, __atomic_load_n(counters + kMaxPath, __ATOMIC_RELAXED));
+    occupied += here;
+    const double load =
+        static_cast<double>(std::max<int64_t>(here, 0)) / static_cast<double>(num_slots);
+    miss *= std::pow(1 - 1 / values, 2.0 * slots_ * load);
+  }
+  i.occupied = static_cast<uint64_t>(std::max<int64_t>(occupied, 0));
+  i.seed = seed_;
+  i.num_segments = tables_.front()->view.num_segments;
   i.bits = bits_;
   i.slots = slots_;
-  i.buckets = view_.buckets;
-  i.moves = __atomic_load_n(view_.counters + kMoves, __ATOMIC_RELAXED);
-  i.retries = __atomic_load_n(view_.counters + kRetries, __ATOMIC_RELAXED);
-  i.max_path = __atomic_load_n(view_.counters + kMaxPath, __ATOMIC_RELAXED);
-  const double load = static_cast<double>(i.occupied) / static_cast<double>(i.num_slots);
-  const double values = std::exp2(bits_) - 1;
-  i.expected_fpr = 1 - std::pow(1 - 1 / values, 2.0 * slots_ * load);
+  i.buckets = buckets_;
+  i.generations = static_cast<uint32_t>(tables_.size());
+  i.expected_fpr = 1 - miss;
   return i;
 }
 
-uint64_t Filter::recount() const {
+uint64_t Filter::recount(const Table& table) const {
   uint64_t occupied = 0;
-  const uint64_t words = body_bytes_ / sizeof(uint64_t);
+  const uint64_t words = table.words_bytes / sizeof(uint64_t);
   for (uint64_t i = 0; i < words; ++i) {
-    const uint64_t word = __atomic_load_n(view_.words + i, __ATOMIC_RELAXED);
+    const uint64_t word = __atomic_load_n(table.view.words + i, __ATOMIC_RELAXED);
     const uint64_t empty = bits_ == 16 ? zero_lanes<16, 8>(word) : zero_lanes<8, 8>(word);
     occupied += 64 / bits_ - static_cast<uint32_t>(count_bits(empty));
   }
@@ -185,97 +362,54 @@ uint64_t Filter::recount() const {
 
 void Filter::check() const {
   const std::unique_lock lock(gate_);
-  const uint64_t found = recount();
-  const auto counted = static_cast<uint64_t>(occupied_.load(std::memory_order_relaxed));
-  if (found != counted) {
-    fail(PYRT_ECORRUPT, "%" PRIu64 " slots are occupied; %" PRIu64 " were counted", found, counted);
+  uint64_t found = 0;
+  int64_t counted = 0;
+  for (const auto& table : tables_) {
+    found += recount(*table);
+    counted += table->occupied.load(std::memory_order_relaxed);
+  }
+  if (static_cast<int64_t>(found) != counted) {
+    fail(PYRT_ECORRUPT, "%" PRIu64 " slots are occupied; %" PRId64 " were counted", found, counted);
   }
 }
 
 uint64_t Filter::words_hash() const {
   const std::unique_lock lock(gate_);
-  return base::xxh64(view_.words, body_bytes_, 0);
+  uint64_t hash = 0;
+  for (const auto& table : tables_) hash = base::xxh64(table->view.words, table->words_bytes, hash);
+  return hash;
+}
+
+void Filter::require_one_generation() const {
+  if (tables_.size() > 1) {
+    fail(PYRT_EUNSUPPORTED, "the filter has grown to %zu generations; a device takes one",
+         tables_.size());
+  }
+}
+
+View Filter::view() const {
+  const std::shared_lock lock(gate_);
+  require_one_generation();
+  return tables_.front()->view;
+}
+
+uint64_t Filter::words_bytes() const {
+  const std::shared_lock lock(gate_);
+  return tables_.front()->words_bytes;
 }
 
 void Filter::read_words(void* out) const {
   const std::unique_lock lock(gate_);
-  std::memcpy(out, view_.words, body_bytes_);
+  require_one_generation();
+  std::memcpy(out, tables_.front()->view.words, tables_.front()->words_bytes);
 }
 
 void Filter::write_words(const void* words) {
   const std::unique_lock lock(gate_);
-  std::memcpy(view_.words, words, body_bytes_);
-  occupied_.store(static_cast<int64_t>(recount()), std::memory_order_relaxed);
-}
-
-void Filter::save(void* out, uint8_t key_kind) const {
-  const std::unique_lock lock(gate_);
-  FileHeader h{};
-  std::memcpy(h.magic, kMagic, sizeof h.magic);
-  h.major = kMajor;
-  h.header_bytes = sizeof h;
-  h.bits = static_cast<uint8_t>(bits_);
-  h.slots = static_cast<uint8_t>(slots_);
-  h.key_kind = key_kind;
-  h.buckets = view_.buckets;
-  h.seed = view_.seed;
-  h.num_segments = view_.num_segments;
-  h.capacity = capacity_;
-  h.occupied = static_cast<uint64_t>(occupied_.load(std::memory_order_relaxed));
-  h.body_bytes = body_bytes_;
-  h.threshold = view_.threshold;
-  auto* to = static_cast<char*>(out);
-  std::memcpy(to + sizeof h, view_.words, body_bytes_);
-  h.body_hash = base::xxh64(to + sizeof h, body_bytes_, 0);
-  h.header_hash = base::xxh64(&h, offsetof(FileHeader, header_hash), 0);
-  std::memcpy(to, &h, sizeof h);
-}
-
-Filter* Filter::load(const void* data, size_t bytes, uint8_t* key_kind) {
-  FileHeader h;
-  if (bytes < sizeof h) {
-    fail(PYRT_ECORRUPT, "a filter has a header of %zu bytes; there are %zu", sizeof h, bytes);
-  }
-  std::memcpy(&h, data, sizeof h);
-  if (std::memcmp(h.magic, kMagic, sizeof h.magic) != 0) {
-    fail(PYRT_ECORRUPT, "this is no filter: its magic differs");
-  }
-  if (h.major != kMajor) {
-    fail(PYRT_EVERSION, "the filter's format is %u; this library reads %u", h.major, kMajor);
-  }
-  const uint64_t hash = base::xxh64(&h, offsetof(FileHeader, header_hash), 0);
-  if (hash != h.header_hash) fail(PYRT_ECORRUPT, "the filter's header is damaged");
-  const bool sane = h.header_bytes == sizeof h && valid_shape(h.bits, h.slots) && h.buckets >= 2 &&
-                    h.buckets % 2 == 0 && h.buckets <= kMaxSegmentSlots / h.slots &&
-                    h.num_segments >= 1 && h.num_segments <= kMaxSegments && h.threshold >= 1 &&
-                    h.threshold <= h.slots && h.key_kind <= 2 && h.capacity >= 1 &&
-                    h.capacity <= kMaxCapacity;
-  if (!sane) fail(PYRT_ECORRUPT, "the filter's header has values that no filter has");
-  const uint64_t body = words_of(h.num_segments, h.buckets, h.bits, h.slots) * sizeof(uint64_t);
-  if (h.body_bytes != body || bytes != sizeof h + body) {
-    fail(PYRT_ECORRUPT, "the filter should have %" PRIu64 " bytes; there are %zu", sizeof h + body,
-         bytes);
-  }
-  const char* words = static_cast<const char*>(data) + sizeof h;
-  if (base::xxh64(words, body, 0) != h.body_hash) fail(PYRT_ECORRUPT, "the filter is damaged");
-  std::unique_ptr<Filter> filter(new Filter());
-  filter->bits_ = h.bits;
-  filter->slots_ = h.slots;
-  filter->capacity_ = h.capacity;
-  filter->view_.num_segments = h.num_segments;
-  filter->view_.buckets = h.buckets;
-  filter->view_.threshold = h.threshold;
-  filter->view_.seed = h.seed;
-  filter->allocate();
-  std::memcpy(filter->view_.words, words, body);
-  const uint64_t occupied = filter->recount();
-  if (occupied != h.occupied) {
-    fail(PYRT_ECORRUPT, "the filter has %" PRIu64 " keys; its header says %" PRIu64, occupied,
-         h.occupied);
-  }
-  filter->occupied_.store(static_cast<int64_t>(occupied), std::memory_order_relaxed);
-  *key_kind = h.key_kind;
-  return filter.release();
+  drop_generations();
+  Table& table = *tables_.front();
+  std::memcpy(table.view.words, words, table.words_bytes);
+  table.occupied.store(static_cast<int64_t>(recount(table)), std::memory_order_relaxed);
 }
 
 void hash_strings(uint64_t seed, const char* data, const int64_t* offsets, size_t n,

@@ -9,18 +9,30 @@
 // Capacity. So many distinct keys fit: segments of at most 2^16 slots, filled to 95 % (small ones
 // less, since chance weighs more there).
 //
-// Ownership. One block of memory: words, then epochs and counters; huge pages from 4 MiB on.
+// Growth. A chain of generations, each a table of twice the segments of the one before, with the
+// same hash, fingerprints and buckets. Inserts go to the newest that holds less than it is planned
+// for, and where they find no room, to any other; lookups and deletes go newest first. Segment / 2
+// of a generation is the segment of the one before (layout.hpp), so keys that collide in one
+// generation collide in all older ones too. That is why a delete never makes another key disappear:
+// give every key that is in one copy of its own. Where a delete of x takes the copy of y, in a
+// generation not older than that of x's copy, the two collide there and so where x's copy is, which
+// is y's from now on. A key's copy thus only ever moves to older generations, which a lookup reads
+// after the newer ones: none is missed on the way.
 //
-// Threads. Every operation may run beside every other, but `clear` and what replaces the content
-// wait for running calls and hold new ones back (a shared mutex: one atomic per call, not per key).
+// Ownership. One block of memory per generation: words, then epochs and counters; huge pages from
+// 4 MiB on.
+//
+// Threads. Every operation may run beside every other, but `grow`, `clear` and what replaces the
+// content wait for running calls and hold new ones back (one atomic per call, not per key).
 // Large batches are cut over the process's thread pool. After a fork the child may read and write
 // its copy, if no call was running.
 //
-// Duplicates. A key may be in up to 2 * slots times; one more gives kDupLimit. Deleting a key that
+// Duplicates. A key may be in up to 2 * slots times, in each generation; one more gives kDupLimit,
+// also where older generations have no room for another reason. Deleting a key that
 // is not in takes out a key with an equal fingerprint and bucket with the false-positive
 // probability: never do it.
 //
-// File. 128 bytes of header and the words as they are in memory (docs/filter_format.md).
+// File. 128 bytes of header and the words as they are in memory (file.cpp, docs/filter_format.md).
 //
 // Sources: Fan et al., "Cuckoo Filter: Practically Better Than Bloom" (CoNEXT 2014); Dortmann et
 // al., arXiv 2603.15486.
@@ -28,11 +40,11 @@
 
 #include <atomic>
 #include <cstdint>
-#include <shared_mutex>
-#include <string>
+#include <memory>
 #include <vector>
 
 #include "filter/batch.hpp"
+#include "filter/gate.hpp"
 
 namespace pyruntime::filter {
 
@@ -51,12 +63,12 @@ struct FileHeader {
   uint32_t header_bytes;
   uint8_t bits;
   uint8_t slots;
-  uint8_t key_kind;  // 0 unknown, 1 integers, 2 strings: what the caller put in
-  uint8_t reserved0;
-  uint32_t buckets;  // per segment
+  uint8_t key_kind;     // 0 unknown, 1 integers, 2 strings: what the caller put in
+  uint8_t generations;  // 0 in version 1, which has one; from 2 on in version 2
+  uint32_t buckets;     // per segment
   uint64_t seed;
-  uint64_t num_segments;
-  uint64_t capacity;
+  uint64_t num_segments;  // of the first generation
+  uint64_t capacity;      // of the first generation
   uint64_t occupied;
   uint64_t body_bytes;
   uint32_t threshold;
@@ -66,17 +78,33 @@ struct FileHeader {
 };
 static_assert(sizeof(FileHeader) == 128);
 
+// Sums over all generations, but num_segments is that of the first.
 struct Info {
   uint64_t capacity, occupied, num_slots, bytes, seed, num_segments;
-  uint32_t bits, slots, buckets;
+  uint32_t bits, slots, buckets, generations;
   uint64_t moves, retries, max_path;
   double expected_fpr;
+};
+
+// One generation.
+struct Table {
+  Table() = default;
+  ~Table();
+  Table(const Table&) = delete;
+  Table& operator=(const Table&) = delete;
+
+  View view{};
+  uint64_t words_bytes = 0;
+  uint64_t mapped_bytes = 0;
+  void* base = nullptr;
+  uint64_t planned = 0;  // distinct keys that fit for sure
+  // The sum over all generations is exact; an undone move may take from another (core.hpp).
+  std::atomic<int64_t> occupied{0};
 };
 
 class Filter {
  public:
   explicit Filter(const Options& options);  // throws PYRT_EINVAL, PYRT_ENOMEM
-  ~Filter();
   Filter(const Filter&) = delete;
   Filter& operator=(const Filter&) = delete;
 
@@ -87,45 +115,71 @@ class Filter {
   uint64_t contains(const uint64_t* keys, size_t n, uint8_t* out) const;
   void count(const uint64_t* keys, size_t n, uint32_t* out) const;
 
+  // Adds a generation, unless there are more than `seen` by now (0: in any case). Throws
+  // PYRT_ENOMEM, and PYRT_EFULL at the limit of segments.
+  void grow(uint32_t seen);
+  // Empties it and leaves one generation.
   void clear();
   Info info() const;
-  uint64_t seed() const noexcept { return view_.seed; }
+  uint64_t seed() const noexcept { return seed_; }
   // Counts the occupied slots again; throws PYRT_ECORRUPT if they are not as counted.
   void check() const;
   // A hash of all words, for tests: a failed insert leaves it as it was.
   uint64_t words_hash() const;
 
-  // Geometry, with this filter's own addresses; and its words.
-  const View& view() const noexcept { return view_; }
+  // Geometry and words of a filter of one generation, for devices: a copy of its view, with this
+  // filter's own addresses. Throw PYRT_EUNSUPPORTED where there are more.
+  View view() const;
   uint32_t bits() const noexcept { return bits_; }
   uint32_t slots() const noexcept { return slots_; }
-  uint64_t words_bytes() const noexcept { return body_bytes_; }
+  uint64_t words_bytes() const;  // of the first generation
   void read_words(void* out) const;
+  // Replaces the content, of all generations, by one of these words.
   void write_words(const void* words);
 
-  uint64_t file_bytes() const noexcept { return sizeof(FileHeader) + body_bytes_; }
-  // Writes file_bytes() bytes. `key_kind` is kept for the reader.
-  void save(void* out, uint8_t key_kind) const;
+  uint64_t file_bytes() const;
+  // Writes `bytes` bytes; throws PYRT_EINVAL if that is not file_bytes() (any more). `key_kind` is
+  // kept for the reader.
+  void save(void* out, uint64_t bytes, uint8_t key_kind) const;
   // Reads what `save` wrote; checks everything before it allocates. Throws PYRT_ECORRUPT,
   // PYRT_EVERSION, PYRT_ENOMEM.
   static Filter* load(const void* data, size_t bytes, uint8_t* key_kind);
 
  private:
   Filter() = default;
-  void allocate();
-  uint64_t recount() const;
+  std::unique_ptr<Table> make_table(uint64_t num_segments) const;
+  void push_table(std::unique_ptr<Table> table);
+  void drop_generations();
+  uint64_t insert_into_generations(const uint64_t* keys, size_t n, uint8_t* status, bool unique);
+  Status insert_anywhere(uint64_t key, bool unique);
+  bool contains_one(uint64_t key) const;
+  uint64_t recount(const Table& table) const;
+  uint64_t plan(uint64_t num_segments, size_t generation) const;
+  uint64_t body_bytes() const;
+  void require_one_generation() const;
 
   uint32_t bits_ = 0;
   uint32_t slots_ = 0;
-  uint64_t capacity_ = 0;
-  uint64_t body_bytes_ = 0;
-  uint64_t mapped_bytes_ = 0;
-  void* base_ = nullptr;
-  View view_{};
+  uint64_t capacity_ = 0;  // of the first generation
+  uint64_t seed_ = 0;
+  uint32_t buckets_ = 0;
+  uint32_t threshold_ = 0;
   const Kernels* kernels_ = nullptr;
-  std::atomic<int64_t> occupied_{0};
-  mutable std::shared_mutex gate_;
+  std::vector<std::unique_ptr<Table>> tables_;  // the oldest generation first; behind the gate
+  mutable Gate gate_;
 };
+
+// Where the words of a generation begin in a file's body: each at a multiple of 64 bytes. The last
+// one's end is the body's.
+struct Extent {
+  uint64_t begin, bytes;
+};
+Extent extent_of(uint64_t num_segments, uint32_t buckets, uint32_t bits, uint32_t slots,
+                 uint32_t generation);
+bool valid_shape(uint32_t bits, uint32_t slots);
+
+inline constexpr uint64_t kMaxCapacity = uint64_t{1} << 38;
+inline constexpr uint32_t kMaxGenerations = 25;  // one segment, doubled up to kMaxSegments
 
 // Strings by offsets[n + 1] into data, as keys: XXH64 with the filter's seed.
 void hash_strings(uint64_t seed, const char* data, const int64_t* offsets, size_t n,

@@ -12,7 +12,8 @@
 //
 // A hash h gives the segment by its top bits (h * num_segments >> 64), the first bucket by bits
 // 16..39 and the fingerprint by bits 0..15. These are disjoint up to 2^24 segments, which is the
-// limit. Doubling num_segments splits every segment in two and changes nothing else.
+// limit. Doubling num_segments splits every segment in two and changes nothing else: a table grows
+// by such a generation (filter.hpp), where segment / 2 is the segment of the generation before.
 //
 // The other bucket is other(b) = (H(f) - b) mod buckets with H(f) odd. It is its own inverse, as an
 // exclusive or would be, and since `buckets` is even and H odd it never is b itself; but unlike an
@@ -47,8 +48,9 @@ struct View {
   uint64_t* counters;  // kNumCounters
   uint64_t num_segments;
   uint64_t seed;
-  uint32_t buckets;    // per segment
-  uint32_t threshold;  // the first bucket is taken while it has this many free slots
+  uint32_t buckets;             // per segment
+  uint32_t threshold;           // the first bucket is taken while it has this many free slots
+  const View* older = nullptr;  // the generation before: half the segments; never set on a device
 };
 
 // Where a key's copies are: two buckets of one segment and what is stored there.

@@ -14,7 +14,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     FileHeader h;
     std::memcpy(&h, bytes.data(), sizeof h);
     std::memcpy(h.magic, "PYRTCKF1", 8);
-    h.major = 1;
+    h.major = 1 + (data[size - 1] >> 1 & 1);
     h.body_hash = pyruntime::base::xxh64(bytes.data() + sizeof h, size - sizeof h, 0);
     h.header_hash = pyruntime::base::xxh64(&h, offsetof(FileHeader, header_hash), 0);
     std::memcpy(bytes.data(), &h, sizeof h);
@@ -34,6 +34,11 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   if (pyrt_filter_insert(filter, keys, 64, 0, out, &stored) != PYRT_OK) std::abort();
   if (pyrt_filter_contains(filter, keys, 64, out, &present) != PYRT_OK) std::abort();
   if (present < stored || pyrt_filter_check(filter) != PYRT_OK) std::abort();
+  if (pyrt_filter_grow(filter, 0) == PYRT_OK) {
+    if (pyrt_filter_insert(filter, keys, 64, 0, nullptr, nullptr) != PYRT_OK) std::abort();
+    if (pyrt_filter_remove(filter, keys, 64, nullptr, nullptr) != PYRT_OK) std::abort();
+    if (pyrt_filter_check(filter) != PYRT_OK) std::abort();
+  }
   pyrt_filter_destroy(filter);
   return 0;
 }

@@ -1,6 +1,7 @@
 // Writers at high load beside readers that must never miss a key that is in.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <atomic>
 #include <random>
 #include <thread>
@@ -56,6 +57,63 @@ TEST(FilterStress, ReadersNeverMissAPresentKey) {
     filter.check();
     EXPECT_EQ(filter.info().occupied, fixed.size());
   }
+}
+
+TEST(FilterStress, GrowingLosesNothingAndIsNotKeptOut) {
+  Filter filter({500, 8, 8, 5});  // collisions are many
+  std::vector<uint64_t> fixed;
+  std::mt19937_64 random(2);
+  for (int i = 0; i < 400; ++i) fixed.push_back(random());
+  ASSERT_EQ(filter.insert(fixed.data(), fixed.size(), nullptr, false), fixed.size());
+  std::atomic<bool> stop{false};
+  std::atomic<uint64_t> misses{0}, lost{0}, kept{0};
+  std::vector<std::thread> threads;
+  for (uint64_t id = 0; id < 2; ++id) {
+    threads.emplace_back([&, id] {
+      std::mt19937_64 mine(200 + id);
+      std::vector<uint64_t> present;
+      for (int round = 0; round < 60; ++round) {
+        std::vector<uint64_t> keys(150);
+        for (uint64_t& key : keys) key = mine();
+        std::vector<uint8_t> status(keys.size());
+        filter.insert(keys.data(), keys.size(), status.data(), false);
+        bool full = false;
+        for (size_t i = 0; i < keys.size(); ++i) {
+          if (status[i] == kOk) present.push_back(keys[i]);
+          full |= status[i] == kFull;
+        }
+        const uint32_t generations = filter.info().generations;
+        if (full && generations < 6) filter.grow(generations);
+        std::shuffle(present.begin(), present.end(), mine);
+        const size_t left = present.size() - present.size() / 3;
+        const size_t gone = present.size() - left;
+        if (filter.remove(present.data() + left, gone, nullptr) != gone) ++lost;
+        present.resize(left);
+        std::vector<uint8_t> out(left);
+        if (filter.contains(present.data(), left, out.data()) != left) ++misses;
+      }
+      kept += present.size();
+    });
+  }
+  for (int id = 0; id < 3; ++id) {
+    threads.emplace_back([&] {
+      std::vector<uint8_t> out(fixed.size());
+      while (!stop) {
+        misses += fixed.size() - filter.contains(fixed.data(), fixed.size(), out.data());
+      }
+    });
+  }
+  threads[0].join();
+  threads[1].join();
+  // Readers that follow each other without a gap do not hold it up.
+  for (uint32_t i = filter.info().generations; i < 7; ++i) filter.grow(i);
+  stop = true;
+  for (size_t i = 2; i < threads.size(); ++i) threads[i].join();
+  EXPECT_EQ(misses, 0u);
+  EXPECT_EQ(lost, 0u);
+  EXPECT_EQ(filter.info().generations, 7u);
+  filter.check();
+  EXPECT_EQ(filter.info().occupied, fixed.size() + kept);
 }
 
 }  // namespace

@@ -8,6 +8,8 @@ namespace {
 struct State {
   State() {
     EXPECT_EQ(pyrt_filter_create(&options, &filter), PYRT_OK);
+    EXPECT_EQ(pyrt_filter_create(&options, &grown), PYRT_OK);
+    EXPECT_EQ(pyrt_filter_grow(grown, 1), PYRT_OK);
     info.struct_size = sizeof info;
     file.resize(pyrt_filter_file_bytes(filter));
     EXPECT_EQ(pyrt_filter_save(filter, file.data(), file.size(), 1), PYRT_OK);
@@ -15,10 +17,13 @@ struct State {
     EXPECT_EQ(pyrt_filter_device_layout(filter, &device), PYRT_OK);
     device.words = device.epochs = device.counters = 4096;  // never followed: nothing gets so far
   }
-  ~State() { pyrt_filter_destroy(filter); }
+  ~State() {
+    pyrt_filter_destroy(filter);
+    pyrt_filter_destroy(grown);
+  }
   static uintptr_t at(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer); }
   pyrt_filter_options options{sizeof options, 16, 1000, 7, 8, 0};
-  pyrt_filter* filter = nullptr;
+  pyrt_filter *filter = nullptr, *grown = nullptr;
   pyrt_filter_info info{};
   std::vector<uint8_t> file;
   pyrt_filter_device device{};
@@ -156,6 +161,15 @@ std::vector<Row> rows(State& s) {
       {"pyrt_filter_hash_strings", "outside", hash(0, 5, 4)},
       {"pyrt_filter_hash_strings", "below", hash(-1, 2, 4)},
       {"pyrt_filter_hash_strings", "right", hash(1, 4, 4), PYRT_OK},
+      {"pyrt_filter_grow", "null", [] { return pyrt_filter_grow(nullptr, 0); }},
+      {"pyrt_filter_grow", "has", [&] { return pyrt_filter_grow(s.grown, 1); }, PYRT_OK},
+      {"pyrt_filter_device_layout", "grown",
+       [&] { return pyrt_filter_device_layout(s.grown, &s.device); }, PYRT_EUNSUPPORTED},
+      {"pyrt_filter_read_words", "grown",
+       [&] { return pyrt_filter_read_words(s.grown, s.file.data(), s.device.words_bytes); },
+       PYRT_EUNSUPPORTED},
+      {"pyrt_filter_save", "grown since",
+       [&] { return pyrt_filter_save(s.grown, s.file.data(), s.file.size(), 1); }},
       {"pyrt_filter_clear", "null", [] { return pyrt_filter_clear(nullptr); }},
       {"pyrt_filter_get_info", "null", [&] { return pyrt_filter_get_info(nullptr, &s.info); }},
       {"pyrt_filter_get_info", "null out", [&] { return pyrt_filter_get_info(s.filter, nullptr); }},

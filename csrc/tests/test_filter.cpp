@@ -11,6 +11,7 @@
 #include "base/status.hpp"
 #include "filter/evict.hpp"
 #include "filter/filter.hpp"
+#include "tests/support/filter_exec.hpp"
 
 namespace pyruntime::filter {
 namespace {
@@ -166,7 +167,7 @@ TEST_P(Filters, FilesComeBackAndDamageIsRefused) {
   const auto keys = random_keys(1800, 10);
   filter.insert(keys.data(), keys.size(), nullptr, false);
   std::vector<uint8_t> file(filter.file_bytes());
-  filter.save(file.data(), 1);
+  filter.save(file.data(), file.size(), 1);
   uint8_t kind = 0;
   std::unique_ptr<Filter> back(Filter::load(file.data(), file.size(), &kind));
   EXPECT_EQ(kind, 1);
@@ -207,6 +208,8 @@ TEST_P(Filters, FilesComeBackAndDamageIsRefused) {
   EXPECT_TRUE(lie([](FileHeader& h) { ++h.occupied; }));
   EXPECT_TRUE(lie([](FileHeader& h) { h.body_bytes = ~0ull - 64; }));
   EXPECT_TRUE(lie([](FileHeader& h) { h.major = 2; }));
+  EXPECT_TRUE(lie([](FileHeader& h) { h.major = 3; }));
+  EXPECT_TRUE(lie([](FileHeader& h) { h.generations = 1; }));
 }
 
 TEST_P(Filters, EverySimdLevelGivesTheSameBytesAndAnswers) {
@@ -220,7 +223,7 @@ TEST_P(Filters, EverySimdLevelGivesTheSameBytesAndAnswers) {
     std::vector<uint8_t> out(keys.size());
     // The same words through another table.
     std::vector<uint8_t> file(filter.file_bytes());
-    filter.save(file.data(), 1);
+    filter.save(file.data(), file.size(), 1);
     FileHeader h;
     std::memcpy(&h, file.data(), sizeof h);
     std::vector<uint64_t> words(h.body_bytes / 8), counters(kNumCounters);
@@ -240,47 +243,6 @@ INSTANTIATE_TEST_SUITE_P(All, Filters,
                            return "bits" + std::to_string(info.param.bits) + "slots" +
                                   std::to_string(info.param.slots);
                          });
-
-// One thread at a time.
-struct Exclusive {
-  static constexpr bool kConcurrent = false;
-  static uint64_t load(const uint64_t* word) { return *word; }
-  static bool cas(uint64_t* word, uint64_t&, uint64_t desired) {
-    *word = desired;
-    return true;
-  }
-  static uint32_t epoch(const uint32_t* epoch) { return *epoch; }
-  static void bump(uint32_t*) {}
-  static void settle() {}
-  static void at(Step) {}
-  static void count(const View& view, Counter which, uint64_t n) { view.counters[which] += n; }
-  static void at_least(const View& view, Counter which, uint64_t n) {
-    if (view.counters[which] < n) view.counters[which] = n;
-  }
-};
-
-// Another operation runs at one of the places where a mover can be interrupted.
-struct Hooked : Exclusive {
-  static constexpr bool kConcurrent = true;
-  static inline std::function<void(Step)> hook;
-  static uint32_t epoch(const uint32_t* epoch) { return *epoch; }
-  static void bump(uint32_t* epoch) { ++*epoch; }
-  static bool cas(uint64_t* word, uint64_t& expected, uint64_t desired) {
-    if (*word != expected) {
-      expected = *word;
-      return false;
-    }
-    *word = desired;
-    return true;
-  }
-  static void at(Step step) {
-    if (!hook) return;
-    const auto once = std::move(hook);
-    hook = nullptr;
-    once(step);
-    if (!hook) hook = once;
-  }
-};
 
 TEST(FilterInterleavings, NoKeyIsMissedAndNoCopyIsLostAtAnyStep) {
   // A small full segment, so that inserts move keys; at every step of a move every key is looked

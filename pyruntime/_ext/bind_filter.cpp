@@ -122,6 +122,9 @@ class Filter {
     const auto bytes = static_cast<uint64_t>(words.size());
     call([&] { return pyrt_filter_write_words(filter_, from, bytes); });
   }
+  void grow(uint32_t seen) {
+    call([&] { return pyrt_filter_grow(filter_, seen); });
+  }
   void clear() {
     call([&] { return pyrt_filter_clear(filter_); });
   }
@@ -137,14 +140,22 @@ class Filter {
                     "capacity"_a = i.capacity, "occupied"_a = i.occupied,
                     "num_slots"_a = i.num_slots, "bytes"_a = i.bytes, "seed"_a = i.seed,
                     "num_segments"_a = i.num_segments, "moves"_a = i.moves, "retries"_a = i.retries,
-                    "max_path"_a = i.max_path, "expected_fpr"_a = i.expected_fpr);
+                    "max_path"_a = i.max_path, "expected_fpr"_a = i.expected_fpr,
+                    "num_generations"_a = i.num_generations);
   }
   py::bytes save(uint32_t key_kind) const {
-    const uint64_t bytes = pyrt_filter_file_bytes(filter_);
-    py::bytes out(nullptr, bytes);
-    char* to = PyBytes_AS_STRING(out.ptr());
-    call([&] { return pyrt_filter_save(filter_, to, bytes, key_kind); });
-    return out;
+    for (;;) {
+      const uint64_t bytes = pyrt_filter_file_bytes(filter_);
+      py::bytes out(nullptr, bytes);
+      char* to = PyBytes_AS_STRING(out.ptr());
+      bool grown = false;
+      call([&] {
+        const pyrt_status status = pyrt_filter_save(filter_, to, bytes, key_kind);
+        grown = status != PYRT_OK && pyrt_filter_file_bytes(filter_) != bytes;
+        return grown ? PYRT_OK : status;
+      });
+      if (!grown) return out;
+    }
   }
   static py::tuple load(const py::buffer& data) {
     const py::buffer_info given = data.request();
@@ -195,6 +206,7 @@ void bind_filter(py::module_& m) {
       .def("device", &Filter::device)
       .def("read_words", &Filter::read_words, nc("out"))
       .def("write_words", &Filter::write_words, nc("words"))
+      .def("grow", &Filter::grow, py::arg("seen"))
       .def("clear", &Filter::clear)
       .def("verify", &Filter::verify)
       .def("info", &Filter::info)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import secrets
 import tempfile
+import threading
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +27,7 @@ ABSENT = 1
 """Result of a deletion: the key was not there."""
 
 Keys = NDArray[np.uint64]
+OnFull = Literal["report", "raise", "grow"]
 _KINDS = {1: "integer", 2: "string"}
 
 
@@ -43,8 +45,9 @@ class CuckooFilter:
         Of a bucket: 16 doubles the false positives.
     seed : int, optional
         Random by default, so that nobody can choose keys that collide. 64 bits.
-    on_full : {"report", "raise"}, optional
-        Whether `insert` raises when a key found no room.
+    on_full : {"report", "raise", "grow"}, optional
+        Whether `insert` raises when a key found no room, or grows the filter when as many keys are
+        in as fit for sure.
 
     Raises
     ------
@@ -56,6 +59,10 @@ class CuckooFilter:
     Keys are integers (arrays of int64, uint64, int32, uint32, or Python ints) or strings and bytes
     (lists, numpy ``S`` arrays; text counts as its UTF-8), not both in one filter. Arrays that are
     contiguous 64-bit integers are not copied. Signed keys count modulo 2**64.
+
+    A filter grows by generations, each twice as large as the one before; no key that is in is
+    lost, then or by later deletions. Every generation adds its false positives (`expected_fpr`) and
+    its share to the time of a lookup, so a `capacity` that fits is better.
 
     Thread-safe, but `status` is that of the latest call of any thread; calls on many keys release
     the GIL. Source: Fan et al., "Cuckoo Filter:
@@ -81,21 +88,26 @@ class CuckooFilter:
         bits: Literal[8, 16] = 16,
         slots: Literal[8, 16] = 8,
         seed: int | None = None,
-        on_full: Literal["report", "raise"] = "report",
+        on_full: OnFull = "report",
     ) -> None:
-        if on_full not in ("report", "raise"):
-            raise InvalidArgumentError(f"on_full is {on_full!r}; it must be 'report' or 'raise'")
         for name, value, most in (("capacity", capacity, 1 << 38), ("seed", seed or 0, 1 << 64)):
             if not isinstance(value, int) or not 0 <= value < most + (name == "capacity"):
                 raise InvalidArgumentError(f"{name} is {value!r}; it must be in 0..{most:#x}")
         if bits not in (8, 16) or slots not in (8, 16):
             raise InvalidArgumentError(f"bits is {bits!r} and slots {slots!r}; each is 8 or 16")
+        seed = secrets.randbits(64) if seed is None else seed
+        self._hold(_native.Filter(capacity, bits, slots, seed), 0, on_full)
+
+    def _hold(self, core: _native.Filter, kind: int, on_full: OnFull) -> None:
+        if on_full not in ("report", "raise", "grow"):
+            raise InvalidArgumentError(
+                f"on_full is {on_full!r}; it must be 'report', 'raise' or 'grow'"
+            )
+        self.core = core
         self.on_full = on_full
         self.status: NDArray[np.uint8] = np.empty(0, np.uint8)
-        self._kind = 0
-        self.core = _native.Filter(
-            capacity, bits, slots, secrets.randbits(64) if seed is None else seed
-        )
+        self._kind = kind
+        self._kind_lock = threading.Lock()
 
     # Keys
 
@@ -115,6 +127,14 @@ class CuckooFilter:
             raise InvalidArgumentError(
                 f"this filter holds {_KINDS[self._kind]} keys; these are {_KINDS[kind]} keys"
             )
+
+    def _claim(self, kind: int) -> None:
+        """Check the kind, which is the filter's from now on if it had none."""
+        if not kind or kind == self._kind:
+            return
+        with self._kind_lock:
+            self._check(kind)
+            self._kind = kind
 
     def _read(self, keys: Any) -> tuple[int, Keys]:
         if isinstance(keys, np.ndarray) and keys.dtype.kind in "iu":
@@ -160,21 +180,54 @@ class CuckooFilter:
         Raises
         ------
         pyruntime.errors.CapacityError
-            With ``on_full="raise"``: some were `FULL` or at `DUP_LIMIT`; those `OK` are in.
+            With ``on_full="raise"``: some were `FULL` or at `DUP_LIMIT`; those `OK` are in. With
+            ``on_full="grow"``: it cannot grow any more.
+        pyruntime.errors.OutOfMemoryError
+            With ``on_full="grow"``: there is no memory for the next generation.
         pyruntime.errors.InvalidArgumentError
             The keys are of another kind than those that are in.
         """
         kind, found = self._read(keys)
-        self._check(kind)
-        status = np.empty(len(found), np.uint8)
+        self._claim(kind)
+        self.status = status = np.full(len(found), FULL, np.uint8)
+        if self.on_full == "grow":
+            return self._insert_growing(found, unique, status)
         stored = self.core.insert(found, unique, status)
-        self.status = status
-        self._kind = self._kind or kind
         if self.on_full == "raise" and (status >= FULL).any():
             raise CapacityError(
                 f"{int((status >= FULL).sum())} of {len(status)} keys found no room; see status"
             )
         return stored
+
+    def _insert_growing(self, keys: Keys, unique: bool, status: NDArray[np.uint8]) -> int:
+        stored = at = 0
+        while at < len(keys):
+            info = self.core.info()
+            room = info["capacity"] - info["occupied"]
+            if room <= 0:
+                self.core.grow(info["num_generations"])
+                continue
+            piece = slice(at, at + max(room, 1024))
+            at, some, marks = piece.stop, keys[piece], status[piece]
+            stored += self.core.insert(some, unique, marks)
+            while (full := np.flatnonzero(marks == FULL)).size:
+                self.core.grow(self.core.info()["num_generations"])
+                again = np.empty(len(full), np.uint8)
+                stored += self.core.insert(some[full], unique, again)
+                marks[full] = again
+        return stored
+
+    def grow(self) -> None:
+        """Add a generation, twice as large as the last one, after waiting for running calls.
+
+        Raises
+        ------
+        pyruntime.errors.CapacityError
+            The next generation would have more than 2**24 segments of 65 536 slots.
+        pyruntime.errors.OutOfMemoryError
+            There is no memory for it.
+        """
+        self.core.grow(0)
 
     def contains(self, keys: Any) -> NDArray[np.bool_]:
         """Say for each key whether it may be in; False is certain."""
@@ -216,7 +269,7 @@ class CuckooFilter:
         return removed
 
     def clear(self) -> None:
-        """Take everything out, after waiting for running calls."""
+        """Take everything out and leave one generation, after waiting for running calls."""
         self.core.clear()
         self._kind = 0
 
@@ -232,8 +285,13 @@ class CuckooFilter:
 
     @property
     def capacity(self) -> int:
-        """Distinct keys that fit for sure."""
+        """Distinct keys that fit for sure, in all generations together."""
         return int(self.core.info()["capacity"])
+
+    @property
+    def num_generations(self) -> int:
+        """One, and one more for every time it has grown."""
+        return int(self.core.info()["num_generations"])
 
     @property
     def nbytes(self) -> int:
@@ -271,7 +329,7 @@ class CuckooFilter:
         return self.core.save(self._kind)
 
     @classmethod
-    def from_bytes(cls, data: Any) -> CuckooFilter:
+    def from_bytes(cls, data: Any, *, on_full: OnFull = "report") -> CuckooFilter:
         """Make a filter of what `to_bytes` gave.
 
         Raises
@@ -283,10 +341,7 @@ class CuckooFilter:
         """
         core, kind = _native.Filter.load(data)
         made = cls.__new__(cls)
-        made.on_full = "report"
-        made.status = np.empty(0, np.uint8)
-        made._kind = kind
-        made.core = core
+        made._hold(core, kind, on_full)
         return made
 
     def save(self, path: str | Path) -> None:
@@ -304,10 +359,14 @@ class CuckooFilter:
             raise
 
     @classmethod
-    def load(cls, path: str | Path) -> CuckooFilter:
+    def load(cls, path: str | Path, *, on_full: OnFull = "report") -> CuckooFilter:
         """Read a filter from a file; errors as in `from_bytes`, and `FileNotFoundError`."""
-        return cls.from_bytes(np.fromfile(path, np.uint8))
+        return cls.from_bytes(np.fromfile(path, np.uint8), on_full=on_full)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle as its file."""
-        return CuckooFilter.from_bytes, (self.to_bytes(),)
+        return _restore, (self.to_bytes(), self.on_full)
+
+
+def _restore(data: bytes, on_full: OnFull) -> CuckooFilter:
+    return CuckooFilter.from_bytes(data, on_full=on_full)

@@ -29,6 +29,8 @@ class DeviceFilter:
         There is no device, or no cupy.
     pyruntime.errors.InvalidArgumentError
         The filter holds strings.
+    pyruntime.errors.UnsupportedError
+        The filter has grown: on a device it has one generation.
 
     Notes
     -----
@@ -41,8 +43,8 @@ class DeviceFilter:
         if source.kind == "string":
             raise InvalidArgumentError("the filter holds strings; on a device keys are integers")
         self._source = source
-        self._cupy = gpu.cupy()
         self._core = source.core.device()
+        self._cupy = gpu.cupy()
         words, epochs, counters = self._core.sizes()
         host = np.empty(words, np.uint8)
         source.core.read_words(host)

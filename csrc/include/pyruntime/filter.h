@@ -5,7 +5,10 @@
  * `expected_fpr` of its information. Keys are 64-bit integers, or strings that are hashed to such;
  * the two must not be mixed in one filter. A key may be in several times, up to 2 * slots.
  *
- * Any thread may call anything at any time; `clear` waits for running calls.
+ * A filter that is full can grow by generations, each twice as large as the one before: nothing
+ * that is in is lost, then or by later deletions. Lookups then read one generation after the other.
+ *
+ * Any thread may call anything at any time; `grow` and `clear` wait for running calls.
  */
 #ifndef PYRUNTIME_FILTER_H
 #define PYRUNTIME_FILTER_H
@@ -39,17 +42,19 @@ typedef struct pyrt_filter_info {
   uint32_t struct_size;
   uint32_t bits;
   uint32_t slots;
-  uint32_t buckets; /* of a segment */
-  uint64_t capacity;
+  uint32_t buckets;  /* of a segment */
+  uint64_t capacity; /* distinct keys that fit for sure, in all generations together */
   uint64_t occupied; /* slots: keys that are in */
   uint64_t num_slots;
   uint64_t bytes; /* of memory */
   uint64_t seed;
-  uint64_t num_segments;
-  uint64_t moves;    /* of fingerprints, so far */
-  uint64_t retries;  /* of inserts that another thread disturbed */
-  uint64_t max_path; /* most moves of one insert */
+  uint64_t num_segments; /* of the first generation */
+  uint64_t moves;        /* of fingerprints, so far */
+  uint64_t retries;      /* of inserts that another thread disturbed */
+  uint64_t max_path;     /* most moves of one insert */
   double expected_fpr;
+  uint32_t num_generations;
+  uint32_t reserved;
 } pyrt_filter_info;
 
 /* PYRT_EINVAL, PYRT_ENOMEM. */
@@ -84,6 +89,12 @@ PYRT_API pyrt_status pyrt_filter_hash_strings(const pyrt_filter* filter, const c
                                               uint64_t data_bytes, const int64_t* offsets,
                                               uint64_t n, uint64_t* keys) PYRT_NOEXCEPT;
 
+/* Adds a generation, unless the filter has more than `seen` by now, so that threads which find it
+ * full at the same time grow it once (0: in any case). Waits for running calls. PYRT_ENOMEM;
+ * PYRT_EFULL: the next generation would have more than 2^24 segments. */
+PYRT_API pyrt_status pyrt_filter_grow(pyrt_filter* filter, uint32_t seen) PYRT_NOEXCEPT;
+
+/* Takes everything out and leaves one generation. Waits for running calls. */
 PYRT_API pyrt_status pyrt_filter_clear(pyrt_filter* filter) PYRT_NOEXCEPT;
 
 /* Fields beyond the caller's struct_size are not written. */
@@ -96,7 +107,8 @@ PYRT_API pyrt_status pyrt_filter_check(const pyrt_filter* filter) PYRT_NOEXCEPT;
 /* The bytes that `save` writes. 0 for NULL. */
 PYRT_API uint64_t pyrt_filter_file_bytes(const pyrt_filter* filter) PYRT_NOEXCEPT;
 
-/* Writes the filter to out[bytes], bytes = pyrt_filter_file_bytes(). key_kind (0..2: unknown,
+/* Writes the filter to out[bytes], bytes = pyrt_filter_file_bytes(); PYRT_EINVAL if it has grown
+ * since that said so. key_kind (0..2: unknown,
  * integers, strings) is kept for the reader. Waits for running calls. */
 PYRT_API pyrt_status pyrt_filter_save(const pyrt_filter* filter, void* out, uint64_t bytes,
                                       uint32_t key_kind) PYRT_NOEXCEPT;
@@ -123,10 +135,11 @@ typedef struct pyrt_filter_device {
   uintptr_t counters;   /* uint64_t[3], zero at first */
 } pyrt_filter_device;
 
-/* Fills everything but the addresses. */
+/* Fills everything but the addresses. PYRT_EUNSUPPORTED: the filter has several generations. */
 PYRT_API pyrt_status pyrt_filter_device_layout(const pyrt_filter* filter,
                                                pyrt_filter_device* out) PYRT_NOEXCEPT;
-/* Copies the words out to, or in from, host memory words[bytes]; writing waits for running calls,
+/* Copies the words out to, or in from, host memory words[bytes]. Reading: PYRT_EUNSUPPORTED as
+ * above. Writing replaces all generations by one with these words; it waits for running calls,
  * counts what is occupied, and leaves the filter as it was where it fails. */
 PYRT_API pyrt_status pyrt_filter_read_words(const pyrt_filter* filter, void* words,
                                             uint64_t bytes) PYRT_NOEXCEPT;
