@@ -215,6 +215,49 @@ def test_files(tmp_path, capacity):
         CuckooFilter.load(tmp_path / "none")
 
 
+@pytest.mark.parametrize("capacity", [5000, 700])
+def test_mapped_files(tmp_path, capacity):
+    filter = CuckooFilter(capacity, seed=6, on_full="grow")
+    filter.insert(np.arange(4000))
+    path = tmp_path / "a ü.filter"
+    filter.save(path)
+    asked = np.arange(100_000)
+    for verify in (True, False):
+        mapped = CuckooFilter.mmap(path, verify=verify)
+        np.testing.assert_array_equal(mapped.contains(asked), filter.contains(asked))
+        np.testing.assert_array_equal(mapped.count(asked), filter.count(asked))
+        assert len(mapped) == 4000 and mapped.kind == "integer" and 5 in mapped
+        assert mapped.to_bytes() == filter.to_bytes()
+        assert filter.expected_fpr <= mapped.expected_fpr * (1 + 1e-9) < 0.002
+        mapped.verify()
+        for write in (
+            lambda: mapped.insert([1]),  # noqa: B023
+            lambda: mapped.insert(asked[:3], unique=True),  # noqa: B023
+            lambda: mapped.delete([1]),  # noqa: B023
+            mapped.clear,
+            mapped.grow,
+        ):
+            with pytest.raises(errors.StateError, match="mapped"):
+                write()
+        assert len(mapped) == 4000
+        pickle.loads(pickle.dumps(mapped)).delete([1], must_exist=True)
+    # The file may go; the mapping stays.
+    CuckooFilter(10).save(path)
+    path.unlink()
+    assert mapped.contains(asked[:4000]).all()
+    whole = filter.to_bytes()
+    for size in (0, 1, 127, 128, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        with pytest.raises(errors.CorruptDataError):
+            CuckooFilter.mmap(path, verify=False)
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(errors.CorruptDataError, match="damaged"):
+        CuckooFilter.mmap(path)
+    CuckooFilter.mmap(path, verify=False)
+    with pytest.raises(FileNotFoundError):
+        CuckooFilter.mmap(tmp_path / "none")
+
+
 def test_threads_share_a_filter():
     filter = CuckooFilter(100_000, seed=7)
     fixed = np.arange(50_000)

@@ -41,6 +41,11 @@ void* reserve(size_t bytes, size_t alignment) noexcept {
   return reinterpret_cast<void*>(base);
 }
 
+void* map_file(int descriptor, size_t bytes) noexcept {
+  void* base = mmap(nullptr, bytes, PROT_READ, MAP_SHARED, descriptor, 0);
+  return base == MAP_FAILED ? nullptr : base;
+}
+
 void unreserve(void* base, size_t bytes) noexcept { munmap(base, bytes); }
 
 bool commit(void* base, size_t bytes) noexcept {

@@ -46,6 +46,10 @@ bool exclude_from_fork(void* base, size_t bytes) noexcept;
 // Bytes of [base, base + bytes) that are huge pages now, read from this process's smaps.
 size_t huge_bytes(const void* base, size_t bytes) noexcept;
 
+// Maps the file of a descriptor read-only, shared with everybody who maps it; nullptr when the
+// system refuses. `unreserve` ends it, the descriptor may be closed before.
+void* map_file(int descriptor, size_t bytes) noexcept;
+
 // The machine's NUMA nodes as bits, of the first 64; node 0 where the system tells of none.
 uint64_t nodes() noexcept;
 // The node the calling thread runs on; a system call is not needed.

@@ -172,4 +172,15 @@ pyrt_status pyrt_filter_load(const void* data, uint64_t bytes, pyrt_filter** out
   });
 }
 
+pyrt_status pyrt_filter_open_map(const char* path, int32_t verify, pyrt_filter** out,
+                                 uint32_t* key_kind) noexcept {
+  return guard([&] {
+    require(path, "path");
+    require(out, "out");
+    uint8_t kind = 0;
+    *out = handle_of(filter::Filter::open_map(path, verify != 0, &kind));
+    if (key_kind != nullptr) *key_kind = kind;
+  });
+}
+
 }  // extern "C"

@@ -1,9 +1,16 @@
 // Files of a filter: docs/filter_format.md.
+#include <fcntl.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
 #include <cinttypes>
 #include <cstring>
 #include <mutex>
 #include <shared_mutex>
 
+#include "base/os_memory.hpp"
 #include "base/status.hpp"
 #include "filter/filter.hpp"
 
@@ -58,7 +65,49 @@ uint32_t generations_of(const FileHeader& h) {
   return h.major == kOneGeneration ? 1 : h.generations;
 }
 
+void require_count(const FileHeader& h, uint64_t occupied) {
+  if (occupied != h.occupied) {
+    fail(PYRT_ECORRUPT, "the filter has %" PRIu64 " keys; its header says %" PRIu64, occupied,
+         h.occupied);
+  }
+}
+
 }  // namespace
+
+FileMap::FileMap(const char* path) {
+  const int descriptor = ::open(path, O_RDONLY | O_CLOEXEC);
+  if (descriptor < 0) {
+    fail(errno == ENOENT ? PYRT_ENOENT : PYRT_EIO, "%s: %s", path, std::strerror(errno));
+  }
+  struct stat status{};
+  const bool file = fstat(descriptor, &status) == 0 && S_ISREG(status.st_mode);
+  bytes_ = file ? static_cast<size_t>(status.st_size) : 0;
+  if (bytes_ != 0) data_ = base::os::map_file(descriptor, bytes_);
+  ::close(descriptor);
+  if (!file) fail(PYRT_EIO, "%s is no file", path);
+  if (bytes_ < sizeof(FileHeader)) {
+    const size_t bytes = bytes_;
+    if (data_ != nullptr) base::os::unreserve(data_, bytes_);
+    fail(PYRT_ECORRUPT, "a filter has a header of %zu bytes; %s has %zu", sizeof(FileHeader), path,
+         bytes);
+  }
+  if (data_ == nullptr) fail(PYRT_EIO, "the system does not map %s", path);
+}
+
+FileMap::~FileMap() {
+  if (data_ != nullptr) base::os::unreserve(data_, bytes_);
+}
+
+std::unique_ptr<Filter> Filter::with_geometry(const FileHeader& h) {
+  std::unique_ptr<Filter> filter(new Filter());
+  filter->bits_ = h.bits;
+  filter->slots_ = h.slots;
+  filter->capacity_ = h.capacity;
+  filter->seed_ = h.seed;
+  filter->buckets_ = h.buckets;
+  filter->threshold_ = h.threshold;
+  return filter;
+}
 
 Extent extent_of(uint64_t num_segments, uint32_t buckets, uint32_t bits, uint32_t slots,
                  uint32_t generation) {
@@ -121,13 +170,7 @@ Filter* Filter::load(const void* data, size_t bytes, uint8_t* key_kind) {
   if (base::xxh64(body, h.body_bytes, 0) != h.body_hash) {
     fail(PYRT_ECORRUPT, "the filter is damaged");
   }
-  std::unique_ptr<Filter> filter(new Filter());
-  filter->bits_ = h.bits;
-  filter->slots_ = h.slots;
-  filter->capacity_ = h.capacity;
-  filter->seed_ = h.seed;
-  filter->buckets_ = h.buckets;
-  filter->threshold_ = h.threshold;
+  std::unique_ptr<Filter> filter = with_geometry(h);
   uint64_t occupied = 0;
   for (uint32_t i = 0; i < generations_of(h); ++i) {
     const Extent at = extent_of(h.num_segments, h.buckets, h.bits, h.slots, i);
@@ -138,10 +181,34 @@ Filter* Filter::load(const void* data, size_t bytes, uint8_t* key_kind) {
     occupied += here;
     filter->push_table(std::move(table));
   }
-  if (occupied != h.occupied) {
-    fail(PYRT_ECORRUPT, "the filter has %" PRIu64 " keys; its header says %" PRIu64, occupied,
-         h.occupied);
+  require_count(h, occupied);
+  *key_kind = h.key_kind;
+  return filter.release();
+}
+
+Filter* Filter::open_map(const char* path, bool verify, uint8_t* key_kind) {
+  FileMap map(path);
+  const FileHeader h = read_header(map.data(), map.bytes());
+  const char* const body = static_cast<const char*>(map.data()) + sizeof h;
+  if (verify && base::xxh64(body, h.body_bytes, 0) != h.body_hash) {
+    fail(PYRT_ECORRUPT, "the filter is damaged");
   }
+  std::unique_ptr<Filter> filter = with_geometry(h);
+  uint64_t occupied = 0, left = h.occupied;
+  for (uint32_t i = 0; i < generations_of(h); ++i) {
+    const Extent at = extent_of(h.num_segments, h.buckets, h.bits, h.slots, i);
+    auto table = filter->make_table(h.num_segments << i, body + at.begin);
+    // Not counted, the keys are taken to be in the oldest generations: no more false positives can
+    // come of them.
+    const uint64_t most = at.bytes * 8 / h.bits;
+    const uint64_t here = verify ? filter->recount(*table) : std::min(left, most);
+    left -= std::min(left, here);
+    occupied += here;
+    table->occupied.store(static_cast<int64_t>(here), std::memory_order_relaxed);
+    filter->push_table(std::move(table));
+  }
+  require_count(h, occupied);
+  filter->map_ = std::move(map);
   *key_kind = h.key_kind;
   return filter.release();
 }

@@ -100,12 +100,13 @@ Filter::Filter(const Options& options) {
   push_table(make_table(num_segments));
 }
 
-std::unique_ptr<Table> Filter::make_table(uint64_t num_segments) const {
+std::unique_ptr<Table> Filter::make_table(uint64_t num_segments, const void* words) const {
   auto table = std::make_unique<Table>();
   table->words_bytes = extent_of(num_segments, buckets_, bits_, slots_, 0).bytes;
-  const uint64_t epochs_at = (table->words_bytes + 63) / 64 * 64;
+  const uint64_t own_bytes = words == nullptr ? table->words_bytes : 0;
+  const uint64_t epochs_at = (own_bytes + 63) / 64 * 64;
   const uint64_t counters_at = (epochs_at + num_segments * sizeof(uint32_t) + 63) / 64 * 64;
-  const bool huge = table->words_bytes >= 4 * base::os::kHugePageBytes / 2;
+  const bool huge = own_bytes >= 4 * base::os::kHugePageBytes / 2;
   const uint64_t page = huge ? base::os::kHugePageBytes : base::os::page_bytes();
   const uint64_t bytes = (counters_at + kNumCounters * sizeof(uint64_t) + page - 1) / page * page;
   table->base = base::os::reserve(bytes, page);
@@ -115,7 +116,9 @@ std::unique_ptr<Table> Filter::make_table(uint64_t num_segments) const {
   }
   if (huge) base::os::advise_huge(table->base, bytes, true);
   auto* at = static_cast<char*>(table->base);
-  table->view.words = reinterpret_cast<uint64_t*>(at);
+  // Lookups write nothing, and what would is refused.
+  table->view.words = words == nullptr ? reinterpret_cast<uint64_t*>(at)
+                                       : static_cast<uint64_t*>(const_cast<void*>(words));
   table->view.epochs = reinterpret_cast<uint32_t*>(at + epochs_at);
   table->view.counters = reinterpret_cast<uint64_t*>(at + counters_at);
   table->view.num_segments = num_segments;
@@ -132,8 +135,15 @@ void Filter::push_table(std::unique_ptr<Table> table) {
   tables_.push_back(std::move(table));
 }
 
+void Filter::require_writable() const {
+  if (map_.data() != nullptr) {
+    fail(PYRT_ESTATE, "the filter is a mapped file: it can only be read; load it to change it");
+  }
+}
+
 uint64_t Filter::insert(const uint64_t* keys, size_t n, uint8_t* status, bool unique) {
   const std::shared_lock lock(gate_);
+  require_writable();
   std::vector<uint8_t> own;
   if (status == nullptr) {
     own.resize(n);
@@ -226,6 +236,7 @@ bool Filter::contains_one(uint64_t key) const {
 
 uint64_t Filter::remove(const uint64_t* keys, size_t n, uint8_t* status) {
   const std::shared_lock lock(gate_);
+  require_writable();
   std::vector<uint8_t> own;
   if (status == nullptr) {
     own.resize(n);
@@ -280,6 +291,7 @@ void Filter::count(const uint64_t* keys, size_t n, uint32_t* out) const {
 
 void Filter::grow(uint32_t seen) {
   const std::unique_lock lock(gate_);
+  require_writable();
   if (seen != 0 && tables_.size() > seen) return;
   const uint64_t num_segments = 2 * tables_.back()->view.num_segments;
   if (num_segments > kMaxSegments) {
@@ -294,6 +306,7 @@ void Filter::drop_generations() {
 
 void Filter::clear() {
   const std::unique_lock lock(gate_);
+  require_writable();
   drop_generations();
   Table& table = *tables_.front();
   std::memset(table.base, 0, table.mapped_bytes);
@@ -329,7 +342,7 @@ Info Filter::info() const {
     const uint64_t* counters = table.view.counters;
     i.capacity += table.planned;
     i.num_slots += num_slots;
-    i.bytes += table.mapped_bytes;
+    i.bytes += table.mapped_bytes + (map_.data() == nullptr ? 0 : table.words_bytes);
     i.moves += __atomic_load_n(counters + kMoves, __ATOMIC_RELAXED);
     i.retries += __atomic_load_n(counters + kRetries, __ATOMIC_RELAXED);
     i.max_path = std::max(i.max_path, __atomic_load_n(counters + kMaxPath, __ATOMIC_RELAXED));
@@ -406,6 +419,7 @@ void Filter::read_words(void* out) const {
 
 void Filter::write_words(const void* words) {
   const std::unique_lock lock(gate_);
+  require_writable();
   drop_generations();
   Table& table = *tables_.front();
   std::memcpy(table.view.words, words, table.words_bytes);

@@ -33,6 +33,7 @@
 // probability: never do it.
 //
 // File. 128 bytes of header and the words as they are in memory (file.cpp, docs/filter_format.md).
+// So a filter may also be a file that is mapped: lookups read its pages, all else is refused.
 //
 // Sources: Fan et al., "Cuckoo Filter: Practically Better Than Bloom" (CoNEXT 2014); Dortmann et
 // al., arXiv 2603.15486.
@@ -41,12 +42,35 @@
 #include <atomic>
 #include <cstdint>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "filter/batch.hpp"
 #include "filter/gate.hpp"
 
 namespace pyruntime::filter {
+
+// A file mapped read-only; an empty one where there is none.
+class FileMap {
+ public:
+  FileMap() = default;
+  explicit FileMap(const char* path);  // throws PYRT_ENOENT, PYRT_EIO
+  ~FileMap();
+  FileMap(FileMap&& other) noexcept : data_(other.data_), bytes_(other.bytes_) {
+    other.data_ = nullptr;
+  }
+  FileMap& operator=(FileMap&& other) noexcept {
+    std::swap(data_, other.data_);
+    std::swap(bytes_, other.bytes_);
+    return *this;
+  }
+  const void* data() const noexcept { return data_; }
+  size_t bytes() const noexcept { return bytes_; }
+
+ private:
+  void* data_ = nullptr;
+  size_t bytes_ = 0;
+};
 
 struct Options {
   uint64_t capacity = 0;  // 1..2^38
@@ -144,10 +168,16 @@ class Filter {
   // Reads what `save` wrote; checks everything before it allocates. Throws PYRT_ECORRUPT,
   // PYRT_EVERSION, PYRT_ENOMEM.
   static Filter* load(const void* data, size_t bytes, uint8_t* key_kind);
+  // Maps a file that `save` wrote: lookups read it where it is. What would change it throws
+  // PYRT_ESTATE. Without `verify` neither the body's hash nor its count is checked, and no page is
+  // read before its time; a damaged body then gives wrong answers, never more than that. Throws as
+  // `load`, and PYRT_ENOENT, PYRT_EIO.
+  static Filter* open_map(const char* path, bool verify, uint8_t* key_kind);
 
  private:
   Filter() = default;
-  std::unique_ptr<Table> make_table(uint64_t num_segments) const;
+  // `words`: in a mapped file instead of the table's own memory.
+  std::unique_ptr<Table> make_table(uint64_t num_segments, const void* words = nullptr) const;
   void push_table(std::unique_ptr<Table> table);
   void drop_generations();
   uint64_t insert_into_generations(const uint64_t* keys, size_t n, uint8_t* status, bool unique);
@@ -157,6 +187,8 @@ class Filter {
   uint64_t plan(uint64_t num_segments, size_t generation) const;
   uint64_t body_bytes() const;
   void require_one_generation() const;
+  void require_writable() const;
+  static std::unique_ptr<Filter> with_geometry(const FileHeader& header);
 
   uint32_t bits_ = 0;
   uint32_t slots_ = 0;
@@ -165,6 +197,7 @@ class Filter {
   uint32_t buckets_ = 0;
   uint32_t threshold_ = 0;
   const Kernels* kernels_ = nullptr;
+  FileMap map_;
   std::vector<std::unique_ptr<Table>> tables_;  // the oldest generation first; behind the gate
   mutable Gate gate_;
 };

@@ -193,11 +193,28 @@ std::vector<Row> rows(State& s) {
   };
 }
 
+std::vector<Row> map_rows(State& s) {
+  const char* open = "pyrt_filter_open_map";
+  return {
+      {open, "null", [&] { return pyrt_filter_open_map(nullptr, 1, &s.filter, &s.kind); }},
+      {open, "null out", [&] { return pyrt_filter_open_map("x", 1, nullptr, &s.kind); }},
+      {open, "none", [&] { return pyrt_filter_open_map("/nowhere/x", 1, &s.filter, &s.kind); },
+       PYRT_ENOENT},
+      {open, "directory", [&] { return pyrt_filter_open_map("/", 1, &s.filter, &s.kind); },
+       PYRT_EIO},
+      {open, "empty",
+       [&] { return pyrt_filter_open_map("/proc/self/stat", 0, &s.filter, &s.kind); },
+       PYRT_ECORRUPT},
+  };
+}
+
 TEST(AbuseFilter, EveryEntry) {
   State s;
   std::vector<Row> all = rows(s);
   const std::vector<Row> more = device_rows(s);
   all.insert(all.end(), more.begin(), more.end());
+  const std::vector<Row> maps = map_rows(s);
+  all.insert(all.end(), maps.begin(), maps.end());
   run(all);
   expect_covered("filter.h", all);
 }

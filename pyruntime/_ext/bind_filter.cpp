@@ -170,6 +170,12 @@ class Filter {
     call([&] { return pyrt_filter_load(at, bytes, &filter, &kind); });
     return py::make_tuple(std::make_unique<Filter>(filter), kind);
   }
+  static py::tuple open_map(const std::string& path, bool verify) {
+    pyrt_filter* filter = nullptr;
+    uint32_t kind = 0;
+    call([&] { return pyrt_filter_open_map(path.c_str(), verify, &filter, &kind); });
+    return py::make_tuple(std::make_unique<Filter>(filter), kind);
+  }
 
  private:
   static std::tuple<const uint64_t*, uint64_t, uint8_t*> three(const Keys& keys,
@@ -211,7 +217,8 @@ void bind_filter(py::module_& m) {
       .def("verify", &Filter::verify)
       .def("info", &Filter::info)
       .def("save", &Filter::save, py::arg("key_kind"))
-      .def_static("load", &Filter::load, py::arg("data"));
+      .def_static("load", &Filter::load, py::arg("data"))
+      .def_static("open_map", &Filter::open_map, py::arg("path"), py::arg("verify"));
 }
 
 }  // namespace pyruntime::bindings

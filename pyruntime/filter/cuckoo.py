@@ -363,6 +363,38 @@ class CuckooFilter:
         """Read a filter from a file; errors as in `from_bytes`, and `FileNotFoundError`."""
         return cls.from_bytes(np.fromfile(path, np.uint8), on_full=on_full)
 
+    @classmethod
+    def mmap(cls, path: str | Path, *, verify: bool = True) -> CuckooFilter:
+        """Map a file for lookups: they read it where it is, shared with all who map it.
+
+        Parameters
+        ----------
+        path : str or Path
+            What `save` wrote. It must not be cut short while the filter lives; `save` over it, which
+            makes a new file, is safe.
+        verify : bool, optional
+            Check all of it, which reads all of it. Otherwise only the header is checked, and a
+            damaged file gives wrong answers.
+
+        Raises
+        ------
+        pyruntime.errors.CorruptDataError
+            It is damaged, truncated or no filter.
+        pyruntime.errors.VersionError
+            Its format is not one this library reads.
+        FileNotFoundError
+            There is no such file.
+
+        Notes
+        -----
+        What would change the filter raises `StateError`.
+        """
+        os.stat(path)
+        core, kind = _native.Filter.open_map(os.fsencode(path), verify)
+        made = cls.__new__(cls)
+        made._hold(core, kind, "report")
+        return made
+
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle as its file."""
         return _restore, (self.to_bytes(), self.on_full)

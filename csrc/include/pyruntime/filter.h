@@ -118,6 +118,14 @@ PYRT_API pyrt_status pyrt_filter_save(const pyrt_filter* filter, void* out, uint
 PYRT_API pyrt_status pyrt_filter_load(const void* data, uint64_t bytes, pyrt_filter** out,
                                       uint32_t* key_kind) PYRT_NOEXCEPT;
 
+/* Makes a filter of a file of what `save` wrote, mapped for as long as the filter lives: lookups
+ * read it where it is, and what would change the filter gives PYRT_ESTATE. The header is always
+ * checked; the rest, which reads the whole file, if `verify`. A damaged body that was not verified
+ * gives wrong answers; the file must not be cut short meanwhile. PYRT_ENOENT, PYRT_EIO, and as
+ * `load`. */
+PYRT_API pyrt_status pyrt_filter_open_map(const char* path, int32_t verify, pyrt_filter** out,
+                                          uint32_t* key_kind) PYRT_NOEXCEPT;
+
 /* A filter's table in memory that a CUDA device reaches: the same words. Calls on one filter are
  * ordered by their stream; PYRT_ENODEV and PYRT_ECUDA as in gpu.h. */
 typedef struct pyrt_filter_device {
