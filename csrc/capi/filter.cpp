@@ -76,6 +76,18 @@ pyrt_status pyrt_filter_contains(const pyrt_filter* handle, const uint64_t* keys
   });
 }
 
+pyrt_status pyrt_filter_contains_bits(const pyrt_filter* handle, const uint64_t* keys, uint64_t n,
+                                      uint8_t* out, uint64_t* present) noexcept {
+  return guard([&] {
+    uint64_t found = 0;
+    if (!empty(handle, keys, n)) {
+      require(out, "out");
+      found = of(handle)->contains_bits(keys, n, out);
+    }
+    if (present != nullptr) *present = found;
+  });
+}
+
 pyrt_status pyrt_filter_count(const pyrt_filter* handle, const uint64_t* keys, uint64_t n,
                               uint32_t* out) noexcept {
   return guard([&] {
@@ -117,6 +129,14 @@ pyrt_status pyrt_filter_grow(pyrt_filter* handle, uint32_t seen) noexcept {
   return guard([&] {
     require(handle, "filter");
     of(handle)->grow(seen);
+  });
+}
+
+pyrt_status pyrt_filter_merge(pyrt_filter* handle, const pyrt_filter* other) noexcept {
+  return guard([&] {
+    require(handle, "filter");
+    require(other, "other");
+    of(handle)->merge(*of(other));
   });
 }
 

@@ -106,6 +106,7 @@ std::unique_ptr<Filter> Filter::with_geometry(const FileHeader& h) {
   filter->seed_ = h.seed;
   filter->buckets_ = h.buckets;
   filter->threshold_ = h.threshold;
+  filter->kernels_ = &kernels(simd::level(), h.bits, h.slots);
   return filter;
 }
 
@@ -179,7 +180,7 @@ Filter* Filter::load(const void* data, size_t bytes, uint8_t* key_kind) {
     const uint64_t here = filter->recount(*table);
     table->occupied.store(static_cast<int64_t>(here), std::memory_order_relaxed);
     occupied += here;
-    filter->push_table(std::move(table));
+    filter->push_table(filter->tables_, std::move(table));
   }
   require_count(h, occupied);
   *key_kind = h.key_kind;
@@ -205,7 +206,7 @@ Filter* Filter::open_map(const char* path, bool verify, uint8_t* key_kind) {
     left -= std::min(left, here);
     occupied += here;
     table->occupied.store(static_cast<int64_t>(here), std::memory_order_relaxed);
-    filter->push_table(std::move(table));
+    filter->push_table(filter->tables_, std::move(table));
   }
   require_count(h, occupied);
   filter->map_ = std::move(map);

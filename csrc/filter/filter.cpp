@@ -97,7 +97,8 @@ Filter::Filter(const Options& options) {
   const uint64_t per_segment = (num_slots + num_segments - 1) / num_segments;
   const uint64_t pairs = (per_segment + 2 * slots_ - 1) / (2 * slots_);
   buckets_ = static_cast<uint32_t>(std::min<uint64_t>(2 * pairs, kMaxSegmentSlots / slots_));
-  push_table(make_table(num_segments));
+  kernels_ = &kernels(simd::level(), static_cast<int>(bits_), static_cast<int>(slots_));
+  push_table(tables_, make_table(num_segments));
 }
 
 std::unique_ptr<Table> Filter::make_table(uint64_t num_segments, const void* words) const {
@@ -128,11 +129,10 @@ std::unique_ptr<Table> Filter::make_table(uint64_t num_segments, const void* wor
   return table;
 }
 
-void Filter::push_table(std::unique_ptr<Table> table) {
-  kernels_ = &kernels(simd::level(), static_cast<int>(bits_), static_cast<int>(slots_));
-  table->planned = plan(table->view.num_segments, tables_.size());
-  if (!tables_.empty()) table->view.older = &tables_.back()->view;
-  tables_.push_back(std::move(table));
+void Filter::push_table(Tables& tables, std::unique_ptr<Table> table) const {
+  table->planned = plan(table->view.num_segments, tables.size());
+  if (!tables.empty()) table->view.older = &tables.back()->view;
+  tables.push_back(std::move(table));
 }
 
 void Filter::require_writable() const {
@@ -262,20 +262,39 @@ uint64_t Filter::remove(const uint64_t* keys, size_t n, uint8_t* status) {
   });
 }
 
+uint64_t Filter::contains_here(const uint64_t* keys, size_t n, uint8_t* out) const {
+  if (tables_.size() == 1) return kernels_->contains(tables_.front()->view, keys, n, out);
+  uint64_t present = 0;
+  cascade(tables_.rbegin(), tables_.rend(), keys, n, out, kAbsent,
+          [&](const Table& table, const uint64_t* some, size_t num, uint8_t* to) {
+            present += kernels_->contains(table.view, some, num, to);
+          });
+  return present;
+}
+
 uint64_t Filter::contains(const uint64_t* keys, size_t n, uint8_t* out) const {
   const std::shared_lock lock(gate_);
-  if (tables_.size() == 1) {
-    const View& view = tables_.front()->view;
-    return in_parallel(n, [&](size_t at, size_t count) {
-      return kernels_->contains(view, keys + at, count, out + at);
-    });
-  }
+  return in_parallel(
+      n, [&](size_t at, size_t count) { return contains_here(keys + at, count, out + at); });
+}
+
+uint64_t Filter::contains_bits(const uint64_t* keys, size_t n, uint8_t* out) const {
+  static_assert(kChunk % 8 == 0 && kCascade % 8 == 0);
+  const std::shared_lock lock(gate_);
   return in_parallel(n, [&](size_t at, size_t count) {
     uint64_t present = 0;
-    cascade(tables_.rbegin(), tables_.rend(), keys + at, count, out + at, kAbsent,
-            [&](const Table& table, const uint64_t* some, size_t num, uint8_t* to) {
-              present += kernels_->contains(table.view, some, num, to);
-            });
+    uint8_t marks[kCascade];
+    for (size_t begin = 0; begin < count; begin += kCascade) {
+      const size_t here = std::min(kCascade, count - begin);
+      present += contains_here(keys + at + begin, here, marks);
+      std::memset(marks + here, 0, (8 - here % 8) % 8);
+      for (size_t i = 0; i < here; i += 8) {
+        uint64_t eight;
+        std::memcpy(&eight, marks + i, sizeof eight);
+        // Byte i of eight, 0 or 1, becomes bit i of the product's highest byte.
+        out[(at + begin + i) / 8] = static_cast<uint8_t>(eight * 0x0102040810204080ULL >> 56);
+      }
+    }
     return present;
   });
 }
@@ -297,7 +316,7 @@ void Filter::grow(uint32_t seen) {
   if (num_segments > kMaxSegments) {
     fail(PYRT_EFULL, "a generation of %" PRIu64 " segments would be more than 2^24", num_segments);
   }
-  push_table(make_table(num_segments));
+  push_table(tables_, make_table(num_segments));
 }
 
 void Filter::drop_generations() {

@@ -137,11 +137,18 @@ class Filter {
   uint64_t insert(const uint64_t* keys, size_t n, uint8_t* status, bool unique);
   uint64_t remove(const uint64_t* keys, size_t n, uint8_t* status);
   uint64_t contains(const uint64_t* keys, size_t n, uint8_t* out) const;
+  // As contains, one bit per key: key i is bit i % 8 of out[i / 8]. Bits behind the last are 0.
+  uint64_t contains_bits(const uint64_t* keys, size_t n, uint8_t* out) const;
   void count(const uint64_t* keys, size_t n, uint32_t* out) const;
 
   // Adds a generation, unless there are more than `seen` by now (0: in any case). Throws
   // PYRT_ENOMEM, and PYRT_EFULL at the limit of segments.
   void grow(uint32_t seen);
+  // Adds what is in another filter of the same geometry and seed: what it holds of a key, bucket
+  // and fingerprint, is enough. A copy goes to the same generation or an older one, because its
+  // place in a younger one is not known. Throws PYRT_EINVAL; PYRT_EFULL, PYRT_ENOMEM and is as
+  // before.
+  void merge(const Filter& other);
   // Empties it and leaves one generation.
   void clear();
   Info info() const;
@@ -175,14 +182,17 @@ class Filter {
   static Filter* open_map(const char* path, bool verify, uint8_t* key_kind);
 
  private:
+  using Tables = std::vector<std::unique_ptr<Table>>;  // the oldest generation first
+
   Filter() = default;
   // `words`: in a mapped file instead of the table's own memory.
   std::unique_ptr<Table> make_table(uint64_t num_segments, const void* words = nullptr) const;
-  void push_table(std::unique_ptr<Table> table);
+  void push_table(Tables& tables, std::unique_ptr<Table> table) const;
   void drop_generations();
   uint64_t insert_into_generations(const uint64_t* keys, size_t n, uint8_t* status, bool unique);
   Status insert_anywhere(uint64_t key, bool unique);
   bool contains_one(uint64_t key) const;
+  uint64_t contains_here(const uint64_t* keys, size_t n, uint8_t* out) const;
   uint64_t recount(const Table& table) const;
   uint64_t plan(uint64_t num_segments, size_t generation) const;
   uint64_t body_bytes() const;
@@ -198,7 +208,7 @@ class Filter {
   uint32_t threshold_ = 0;
   const Kernels* kernels_ = nullptr;
   FileMap map_;
-  std::vector<std::unique_ptr<Table>> tables_;  // the oldest generation first; behind the gate
+  Tables tables_;  // behind the gate
   mutable Gate gate_;
 };
 

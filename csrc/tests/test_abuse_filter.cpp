@@ -196,6 +196,23 @@ std::vector<Row> rows(State& s) {
 std::vector<Row> map_rows(State& s) {
   const char* open = "pyrt_filter_open_map";
   return {
+      {"pyrt_filter_contains_bits", "null",
+       [&] { return pyrt_filter_contains_bits(nullptr, s.keys, 1, s.bytes, nullptr); }},
+      {"pyrt_filter_contains_bits", "null out",
+       [&] { return pyrt_filter_contains_bits(s.filter, s.keys, 1, nullptr, nullptr); }},
+      {"pyrt_filter_contains_bits", "misaligned",
+       [&] {
+         return pyrt_filter_contains_bits(s.filter, misaligned(s.keys), 1, s.bytes, nullptr);
+       }},
+      {"pyrt_filter_contains_bits", "huge",
+       [&] { return pyrt_filter_contains_bits(s.filter, s.keys, kHugeSize, s.bytes, nullptr); }},
+      {"pyrt_filter_contains_bits", "nothing",
+       [&] { return pyrt_filter_contains_bits(s.filter, nullptr, 0, nullptr, &s.number); },
+       PYRT_OK},
+      {"pyrt_filter_merge", "null", [&] { return pyrt_filter_merge(nullptr, s.filter); }},
+      {"pyrt_filter_merge", "null other", [&] { return pyrt_filter_merge(s.filter, nullptr); }},
+      {"pyrt_filter_merge", "itself", [&] { return pyrt_filter_merge(s.filter, s.filter); }},
+      {"pyrt_filter_merge", "right", [&] { return pyrt_filter_merge(s.grown, s.filter); }, PYRT_OK},
       {open, "null", [&] { return pyrt_filter_open_map(nullptr, 1, &s.filter, &s.kind); }},
       {open, "null out", [&] { return pyrt_filter_open_map("x", 1, nullptr, &s.kind); }},
       {open, "none", [&] { return pyrt_filter_open_map("/nowhere/x", 1, &s.filter, &s.kind); },

@@ -270,6 +270,73 @@ TEST_P(GrownFilters, FalsePositivesAreAsTheFormulaSays) {
   EXPECT_NEAR(hits, expected, 0.1 * expected);
 }
 
+TEST_P(GrownFilters, MergedOnesHoldWhatBothDid) {
+  struct Sizes {
+    size_t mine;
+    uint32_t my_generations;
+    size_t theirs;
+    uint32_t their_generations;
+  };
+  for (const auto& [mine, my_generations, theirs, their_generations] :
+       {Sizes{400, 1, 400, 1}, Sizes{1200, 2, 400, 1}, Sizes{400, 1, 1200, 2},
+        Sizes{1500, 3, 1500, 2}}) {
+    Filter a(options(1000, 3)), b(options(1000, 3));
+    while (a.info().generations < my_generations) a.grow(0);
+    while (b.info().generations < their_generations) b.grow(0);
+    const auto keys = random_keys(mine + theirs, mine);
+    ASSERT_EQ(a.insert(keys.data(), mine, nullptr, false), mine);
+    ASSERT_EQ(b.insert(keys.data() + mine, theirs, nullptr, false), theirs);
+    const uint64_t before = b.words_hash();
+    a.merge(b);
+    EXPECT_EQ(b.words_hash(), before);
+    EXPECT_EQ(a.info().occupied, keys.size());
+    a.check();
+    std::vector<uint8_t> found(keys.size());
+    ASSERT_EQ(a.contains(keys.data(), keys.size(), found.data()), keys.size());
+    // What came from either can go, and takes nothing else with it.
+    ASSERT_EQ(a.remove(keys.data(), mine, nullptr), mine);
+    ASSERT_EQ(a.contains(keys.data() + mine, theirs, found.data()), theirs);
+    ASSERT_EQ(a.remove(keys.data() + mine, theirs, nullptr), theirs);
+    EXPECT_EQ(a.info().occupied, 0u);
+  }
+}
+
+TEST_P(GrownFilters, AMergeThatFailsChangesNothing) {
+  Filter a(options(1000, 3)), b(options(1000, 3)), other(options(1000, 4));
+  const auto keys = random_keys(1900, 4);
+  ASSERT_EQ(a.insert(keys.data(), 950, nullptr, false), 950u);
+  ASSERT_EQ(b.insert(keys.data() + 950, 950, nullptr, false), 950u);
+  const uint64_t before = a.words_hash();
+  for (const Filter* from : {&b, &other, &a}) {
+    try {
+      a.merge(*from);
+      FAIL();
+    } catch (const Error& error) {
+      EXPECT_EQ(error.status(), from == &b ? PYRT_EFULL : PYRT_EINVAL);
+    }
+    EXPECT_EQ(a.words_hash(), before);
+    EXPECT_EQ(a.info().occupied, 950u);
+  }
+}
+
+TEST_P(GrownFilters, BitsAreTheAnswersOfContains) {
+  Filter filter(options(40'000, 5));
+  const auto keys = random_keys(200'003, 5);
+  for (int round = 0; round < 2; ++round) {
+    insert_growing(filter, {keys.begin(), keys.begin() + 30'000});
+    for (const size_t n : {1, 7, 8, 9, 1023, 1024, 1025, 65'537, 200'003}) {
+      std::vector<uint8_t> out(n), bits((n + 7) / 8 + 1, 0xa5);
+      const uint64_t present = filter.contains(keys.data(), n, out.data());
+      ASSERT_EQ(filter.contains_bits(keys.data(), n, bits.data()), present);
+      for (size_t i = 0; i < (n + 7) / 8 * 8; ++i) {
+        ASSERT_EQ(bits[i / 8] >> i % 8 & 1, i < n ? out[i] : 0) << i;
+      }
+      ASSERT_EQ(bits.back(), 0xa5);
+    }
+    filter.grow(0);
+  }
+}
+
 TEST_P(GrownFilters, ClearLeavesOneGeneration) {
   Filter filter(options(100));
   const Info before = filter.info();

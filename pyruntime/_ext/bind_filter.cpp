@@ -1,7 +1,11 @@
 // The cuckoo filter on numpy arrays of uint64 keys, and on strings by their hash.
 #include <pybind11/numpy.h>
 
+#include <algorithm>
+#include <cstring>
 #include <string>
+#include <string_view>
+#include <vector>
 
 #include "budget.hpp"
 
@@ -11,6 +15,72 @@ namespace {
 template <class T>
 using Array = py::array_t<T, py::array::c_style>;
 using Keys = Array<uint64_t>;
+
+// The structures of the Arrow C data interface, as its specification has them.
+struct ArrowSchema {
+  const char* format;
+  const char* name;
+  const char* metadata;
+  int64_t flags;
+  int64_t n_children;
+  ArrowSchema** children;
+  ArrowSchema* dictionary;
+  void (*release)(ArrowSchema*);
+  void* private_data;
+};
+struct ArrowArray {
+  int64_t length;
+  int64_t null_count;
+  int64_t offset;
+  int64_t n_buffers;
+  int64_t n_children;
+  const void** buffers;
+  ArrowArray** children;
+  ArrowArray* dictionary;
+  void (*release)(ArrowArray*);
+  void* private_data;
+};
+
+template <class T>
+const T& from_capsule(const py::capsule& capsule, const char* name) {
+  const auto* found = static_cast<const T*>(PyCapsule_GetPointer(capsule.ptr(), name));
+  if (found == nullptr) throw py::error_already_set();
+  if (found->release == nullptr) throw py::value_error("the Arrow array has been released");
+  return *found;
+}
+
+bool has_nulls(const ArrowArray& array) {
+  if (array.null_count == 0) return false;
+  const auto* valid = static_cast<const uint8_t*>(array.n_buffers > 0 ? array.buffers[0] : nullptr);
+  for (int64_t i = array.offset; valid != nullptr && i < array.offset + array.length; ++i) {
+    if ((valid[i / 8] >> i % 8 & 1) == 0) return true;
+  }
+  return false;
+}
+
+// Appends a code point as UTF-8; false for what is none.
+bool append_utf8(std::string& text, uint32_t c) {
+  const auto tail = [&](unsigned shift) {
+    text.push_back(static_cast<char>(0x80U | (c >> shift & 0x3fU)));
+  };
+  if (c > 0x10ffff || (c >= 0xd800 && c < 0xe000)) return false;
+  if (c < 0x80) {
+    text.push_back(static_cast<char>(c));
+  } else if (c < 0x800) {
+    text.push_back(static_cast<char>(0xc0U | c >> 6));
+    tail(0);
+  } else if (c < 0x10000) {
+    text.push_back(static_cast<char>(0xe0U | c >> 12));
+    tail(6);
+    tail(0);
+  } else {
+    text.push_back(static_cast<char>(0xf0U | c >> 18));
+    tail(12);
+    tail(6);
+    tail(0);
+  }
+  return true;
+}
 
 // A table in device memory; addresses are checked behind the C ABI.
 class FilterDevice {
@@ -85,18 +155,32 @@ class Filter {
     call([&] { return pyrt_filter_contains(filter_, at, static_cast<uint64_t>(n), to, nullptr); });
     return out;
   }
+  void contains_into(const Keys& keys, Array<uint8_t>& out) const {
+    const auto [at, n, to] = three(keys, out);
+    call(
+        [&, at = at, n = n, to = to] { return pyrt_filter_contains(filter_, at, n, to, nullptr); });
+  }
+  void contains_bits(const Keys& keys, Array<uint8_t>& out) const {
+    if (out.size() != (keys.size() + 7) / 8) throw py::value_error("out must have a bit per key");
+    uint8_t* to = out.mutable_data();
+    const auto n = static_cast<uint64_t>(keys.size());
+    const uint64_t* at = keys.data();
+    call([&] { return pyrt_filter_contains_bits(filter_, at, n, to, nullptr); });
+  }
   bool contains_one(uint64_t key) const {
     uint8_t found = 0;
     check(pyrt_filter_contains(filter_, &key, 1, &found, nullptr));
     return found != 0;
   }
-  py::array count(const Keys& keys) const {
-    const auto n = keys.size();
-    Array<uint32_t> out(n);
+  void count(const Keys& keys, Array<uint32_t>& out) const {
+    if (out.size() != keys.size()) throw py::value_error("out must be as long as keys");
     uint32_t* to = out.mutable_data();
+    const auto n = static_cast<uint64_t>(keys.size());
     const uint64_t* at = keys.data();
-    call([&] { return pyrt_filter_count(filter_, at, static_cast<uint64_t>(n), to); });
-    return out;
+    call([&] { return pyrt_filter_count(filter_, at, n, to); });
+  }
+  void merge(const Filter& other) {
+    call([&] { return pyrt_filter_merge(filter_, other.filter_); });
   }
   Keys hash_strings(const py::bytes& data, const Array<int64_t>& offsets) const {
     if (offsets.ndim() != 1 || offsets.size() < 1) throw py::value_error("offsets are missing");
@@ -110,6 +194,101 @@ class Filter {
                                       static_cast<uint64_t>(n), to);
     });
     return keys;
+  }
+  // Keys of a numpy array of fixed-width strings, dtype S or (native) U: bytes behind the last that
+  // is not 0 do not count, text counts as UTF-8.
+  Keys hash_fixed(const py::array& strings) const {
+    const char kind = strings.dtype().kind();
+    if ((kind != 'S' && kind != 'U') || strings.ndim() != 1 ||
+        (strings.flags() & py::array::c_style) == 0) {
+      throw py::value_error("strings must be one contiguous axis of dtype S or U");
+    }
+    const auto n = strings.size();
+    const auto width = static_cast<size_t>(strings.itemsize());
+    const auto* from = static_cast<const char*>(strings.data());
+    Keys keys(n);
+    uint64_t* to = keys.mutable_data();
+    call([&] {
+      constexpr py::ssize_t kStrings = 1 << 14;  // at a time
+      std::string text;
+      std::vector<int64_t> offsets;
+      for (py::ssize_t begin = 0; begin < n; begin += kStrings) {
+        const auto here = std::min(kStrings, n - begin);
+        text.clear();
+        offsets.assign(1, 0);
+        for (const char* at = from + static_cast<size_t>(begin) * width;
+             offsets.size() <= static_cast<size_t>(here); at += width) {
+          if (kind == 'S') {
+            size_t length = width;
+            while (length > 0 && at[length - 1] == 0) --length;
+            text.append(at, length);
+          } else {
+            size_t length = width / 4;
+            uint32_t c = 0;
+            const auto read = [&](size_t i) { std::memcpy(&c, at + 4 * i, 4); };
+            for (; length > 0 && (read(length - 1), c == 0); --length) {
+            }
+            for (size_t i = 0; i < length; ++i) {
+              read(i);
+              if (!append_utf8(text, c)) throw py::value_error("a key has no UTF-8");
+            }
+          }
+          offsets.push_back(static_cast<int64_t>(text.size()));
+        }
+        const pyrt_status status =
+            pyrt_filter_hash_strings(filter_, text.data(), text.size(), offsets.data(),
+                                     static_cast<uint64_t>(here), to + begin);
+        if (status != PYRT_OK) return status;
+      }
+      return pyrt_status{PYRT_OK};
+    });
+    return keys;
+  }
+  // (kind, keys) of an Arrow array of strings, binaries or integers; it is only read.
+  py::tuple hash_arrow(const py::capsule& schema_capsule, const py::capsule& array_capsule) const {
+    const auto& schema = from_capsule<ArrowSchema>(schema_capsule, "arrow_schema");
+    const auto& array = from_capsule<ArrowArray>(array_capsule, "arrow_array");
+    const std::string format = schema.format;
+    if (schema.dictionary != nullptr || format.size() != 1 ||
+        std::string_view("uUzZlLiI").find(format[0]) == std::string_view::npos) {
+      throw py::value_error("keys are an Arrow array of format '" + format +
+                            "'; it must be one of strings, binaries, or 32- or 64-bit integers");
+    }
+    if (array.length < 0 || array.offset < 0) throw py::value_error("the Arrow array is malformed");
+    if (has_nulls(array)) throw py::value_error("keys are an Arrow array with nulls");
+    const auto n = array.length;
+    const auto first = static_cast<size_t>(array.offset);
+    Keys keys(n);
+    uint64_t* to = keys.mutable_data();
+    const bool strings = std::string_view("uUzZ").find(format[0]) != std::string_view::npos;
+    if (n == 0) return py::make_tuple(0, keys);
+    if (array.n_buffers < (strings ? 3 : 2) || array.buffers[1] == nullptr) {
+      throw py::value_error("the Arrow array is malformed");
+    }
+    const void* const values = array.buffers[1];
+    if (!strings) {
+      const auto copy = [&](const auto* from) { std::copy_n(from + first, n, to); };
+      if (format == "l") copy(static_cast<const int64_t*>(values));
+      if (format == "L") copy(static_cast<const uint64_t*>(values));
+      if (format == "i") copy(static_cast<const int32_t*>(values));
+      if (format == "I") copy(static_cast<const uint32_t*>(values));
+      return py::make_tuple(1, keys);
+    }
+    const auto* text = static_cast<const char*>(array.buffers[2]);
+    call([&] {
+      std::vector<int64_t> wide;
+      const int64_t* offsets = nullptr;
+      if (format == "u" || format == "z") {
+        const auto* narrow = static_cast<const int32_t*>(values) + first;
+        wide.assign(narrow, narrow + n + 1);
+        offsets = wide.data();
+      } else {
+        offsets = static_cast<const int64_t*>(values) + first;
+      }
+      const auto bytes = static_cast<uint64_t>(std::max<int64_t>(offsets[n], 0));
+      return pyrt_filter_hash_strings(filter_, text, bytes, offsets, static_cast<uint64_t>(n), to);
+    });
+    return py::make_tuple(2, keys);
   }
   FilterDevice device() const { return FilterDevice(filter_); }
   void read_words(Array<uint8_t>& out) const {
@@ -206,8 +385,13 @@ void bind_filter(py::module_& m) {
       .def("insert", &Filter::insert, nc("keys"), py::arg("unique"), nc("status"))
       .def("remove", &Filter::remove, nc("keys"), nc("status"))
       .def("contains", &Filter::contains, nc("keys"))
+      .def("contains_into", &Filter::contains_into, nc("keys"), nc("out"))
+      .def("contains_bits", &Filter::contains_bits, nc("keys"), nc("out"))
       .def("contains_one", &Filter::contains_one, py::arg("key"))
-      .def("count", &Filter::count, nc("keys"))
+      .def("count", &Filter::count, nc("keys"), nc("out"))
+      .def("merge", &Filter::merge, py::arg("other"))
+      .def("hash_fixed", &Filter::hash_fixed, py::arg("strings"))
+      .def("hash_arrow", &Filter::hash_arrow, py::arg("schema"), py::arg("array"))
       .def("hash_strings", &Filter::hash_strings, py::arg("data"), nc("offsets"))
       .def("device", &Filter::device)
       .def("read_words", &Filter::read_words, nc("out"))

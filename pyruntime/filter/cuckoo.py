@@ -18,17 +18,39 @@ from numpy.typing import NDArray
 
 from pyruntime._ext import _native
 from pyruntime.errors import CapacityError, InvalidArgumentError, NotFoundError
+from pyruntime.filter.keys import Keys, read_keys, result_array
 
-__all__ = ["ABSENT", "DUP_LIMIT", "EXISTS", "FULL", "OK", "CuckooFilter"]
+__all__ = [
+    "ABSENT",
+    "DUP_LIMIT",
+    "EXISTS",
+    "FULL",
+    "OK",
+    "AbsentKeysError",
+    "CuckooFilter",
+    "FilterFullError",
+]
 
 OK, EXISTS, FULL, DUP_LIMIT = range(4)
 """Results by key (`CuckooFilter.status`)."""
 ABSENT = 1
 """Result of a deletion: the key was not there."""
 
-Keys = NDArray[np.uint64]
 OnFull = Literal["report", "raise", "grow"]
 _KINDS = {1: "integer", 2: "string"}
+
+
+class FilterFullError(CapacityError):
+    """Keys found no room. `status` says which, `stored` is how many did."""
+
+    status: NDArray[np.uint8]
+    stored: int
+
+
+class AbsentKeysError(NotFoundError):
+    """Keys to be deleted were not in. `mask` is True where one was absent."""
+
+    mask: NDArray[np.bool_]
 
 
 class CuckooFilter:
@@ -57,8 +79,9 @@ class CuckooFilter:
     Notes
     -----
     Keys are integers (arrays of int64, uint64, int32, uint32, or Python ints) or strings and bytes
-    (lists, numpy ``S`` arrays; text counts as its UTF-8), not both in one filter. Arrays that are
-    contiguous 64-bit integers are not copied. Signed keys count modulo 2**64.
+    (lists, numpy ``S`` and ``U`` arrays; text counts as its UTF-8), not both in one filter. Arrow
+    arrays of either are read through ``__arrow_c_array__``. Arrays that are contiguous 64-bit
+    integers are not copied. Signed keys count modulo 2**64.
 
     A filter grows by generations, each twice as large as the one before; no key that is in is
     lost, then or by later deletions. Every generation adds its false positives (`expected_fpr`) and
@@ -118,7 +141,7 @@ class CuckooFilter:
 
     def _keys(self, keys: Any) -> Keys:
         """Return 64-bit keys and check that they are of the filter's kind."""
-        kind, found = self._read(keys)
+        kind, found = read_keys(self.core, keys)
         self._check(kind)
         return found
 
@@ -136,34 +159,11 @@ class CuckooFilter:
             self._check(kind)
             self._kind = kind
 
-    def _read(self, keys: Any) -> tuple[int, Keys]:
-        if isinstance(keys, np.ndarray) and keys.dtype.kind in "iu":
-            if keys.ndim != 1:
-                raise InvalidArgumentError(f"keys have {keys.ndim} axes; they must have one")
-            if keys.dtype.itemsize == 8:
-                return 1, np.ascontiguousarray(keys).view(np.uint64)
-            return 1, keys.astype(np.int64 if keys.dtype.kind == "i" else np.uint64).view(np.uint64)
-        if isinstance(keys, np.ndarray) and keys.dtype.kind not in "SUO":
-            raise InvalidArgumentError(
-                f"keys are {keys.dtype}; they must be integers, strings or bytes"
-            )
-        if isinstance(keys, str | bytes):
-            raise InvalidArgumentError("keys must be a sequence; give [key] for one")
-        items = keys.tolist() if isinstance(keys, np.ndarray) else list(keys)
-        if not items:
-            return 0, np.empty(0, np.uint64)
-        if all(isinstance(item, int) and not isinstance(item, bool) for item in items):
-            return 1, np.array([item & 0xFFFFFFFFFFFFFFFF for item in items], np.uint64)
-        if not all(isinstance(item, str | bytes) for item in items):
-            raise InvalidArgumentError("keys must be all integers, or all strings or bytes")
-        raw = [item.encode() if isinstance(item, str) else item for item in items]
-        offsets = np.zeros(len(raw) + 1, np.int64)
-        np.cumsum([len(item) for item in raw], out=offsets[1:])
-        return 2, self.core.hash_strings(b"".join(raw), offsets)
-
     # Operations
 
-    def insert(self, keys: Any, *, unique: bool = False) -> int:
+    def insert(
+        self, keys: Any, *, unique: bool = False, out: NDArray[np.uint8] | None = None
+    ) -> int:
         """Store keys; `status` (uint8, one per key) then says what became of each.
 
         Parameters
@@ -171,6 +171,8 @@ class CuckooFilter:
         keys : array_like
         unique : bool, optional
             Leave keys out that are there already, or look so: `EXISTS`.
+        out : array of uint8, optional
+            Takes the statuses, instead of a new array.
 
         Returns
         -------
@@ -179,24 +181,29 @@ class CuckooFilter:
 
         Raises
         ------
+        FilterFullError
+            With ``on_full="raise"``: some were `FULL` or at `DUP_LIMIT`; those `OK` are in.
         pyruntime.errors.CapacityError
-            With ``on_full="raise"``: some were `FULL` or at `DUP_LIMIT`; those `OK` are in. With
-            ``on_full="grow"``: it cannot grow any more.
+            With ``on_full="grow"``: it cannot grow any more.
         pyruntime.errors.OutOfMemoryError
             With ``on_full="grow"``: there is no memory for the next generation.
         pyruntime.errors.InvalidArgumentError
             The keys are of another kind than those that are in.
         """
-        kind, found = self._read(keys)
+        kind, found = read_keys(self.core, keys)
+        status = result_array(out, len(found), np.uint8, found)
         self._claim(kind)
-        self.status = status = np.full(len(found), FULL, np.uint8)
+        status.fill(FULL)
+        self.status = status
         if self.on_full == "grow":
             return self._insert_growing(found, unique, status)
         stored = self.core.insert(found, unique, status)
         if self.on_full == "raise" and (status >= FULL).any():
-            raise CapacityError(
+            error = FilterFullError(
                 f"{int((status >= FULL).sum())} of {len(status)} keys found no room; see status"
             )
+            error.status, error.stored = status, stored
+            raise error
         return stored
 
     def _insert_growing(self, keys: Keys, unique: bool, status: NDArray[np.uint8]) -> int:
@@ -229,17 +236,72 @@ class CuckooFilter:
         """
         self.core.grow(0)
 
-    def contains(self, keys: Any) -> NDArray[np.bool_]:
-        """Say for each key whether it may be in; False is certain."""
-        answer: NDArray[np.bool_] = self.core.contains(self._keys(keys))
+    def contains(
+        self, keys: Any, *, bits: bool = False, out: NDArray[Any] | None = None
+    ) -> NDArray[Any]:
+        """Say for each key whether it may be in; False is certain.
+
+        Parameters
+        ----------
+        keys : array_like
+        bits : bool, optional
+            Pack the answers as ``numpy.packbits(..., bitorder="little")`` does.
+        out : array, optional
+            Takes the answers, instead of a new array: bool, or uint8 with `bits`.
+
+        Returns
+        -------
+        array of bool (n_keys,), or with `bits` of uint8 ((n_keys + 7) // 8,)
+
+        Raises
+        ------
+        pyruntime.errors.InvalidArgumentError
+            The keys are of another kind than those that are in, or `out` does not fit.
+        """
+        found = self._keys(keys)
+        if bits:
+            packed = result_array(out, (len(found) + 7) // 8, np.uint8, found)
+            self.core.contains_bits(found, packed)
+            return packed
+        if out is None:
+            answer: NDArray[np.bool_] = self.core.contains(found)
+            return answer
+        answer = result_array(out, len(found), np.bool_, found)
+        self.core.contains_into(found, answer.view(np.uint8))
         return answer
 
-    def count(self, keys: Any) -> NDArray[np.uint32]:
-        """Say for each key how often it is in, or more."""
-        answer: NDArray[np.uint32] = self.core.count(self._keys(keys))
+    def count(self, keys: Any, *, out: NDArray[np.uint32] | None = None) -> NDArray[np.uint32]:
+        """Say for each key how often it is in, or more; `out` takes the answers if given."""
+        found = self._keys(keys)
+        answer: NDArray[np.uint32] = result_array(out, len(found), np.uint32, found)
+        self.core.count(found, answer)
         return answer
 
-    def delete(self, keys: Any, *, must_exist: bool = False) -> int:
+    def merge(self, other: CuckooFilter) -> None:
+        """Add everything that is in another filter, which stays as it is.
+
+        Parameters
+        ----------
+        other : CuckooFilter
+            Made with the same capacity, bits, slots and seed, and with keys of the same kind.
+
+        Raises
+        ------
+        pyruntime.errors.InvalidArgumentError
+            It is not such a filter, or this one.
+        pyruntime.errors.CapacityError
+            There is no room, and to grow would make none: where a key goes in a younger generation
+            cannot be told from an older one. Nothing has changed.
+        """
+        if not isinstance(other, CuckooFilter):
+            raise InvalidArgumentError(f"other is {other!r}; it must be a CuckooFilter")
+        self._check(other._kind)
+        self.core.merge(other.core)
+        self._claim(other._kind)
+
+    def delete(
+        self, keys: Any, *, must_exist: bool = False, out: NDArray[np.uint8] | None = None
+    ) -> int:
         """Take one copy of each key out; `status` says `OK` or `ABSENT`.
 
         Only delete what is in: otherwise an equal fingerprint, another key's, may go.
@@ -249,6 +311,8 @@ class CuckooFilter:
         keys : array_like
         must_exist : bool, optional
             Raise afterwards if some were absent.
+        out : array of uint8, optional
+            Takes the statuses, instead of a new array.
 
         Returns
         -------
@@ -257,15 +321,17 @@ class CuckooFilter:
 
         Raises
         ------
-        pyruntime.errors.NotFoundError
-            With `must_exist`; the others have been removed.
+        AbsentKeysError
+            With `must_exist`; its `mask` says which. The others have been removed.
         """
         found = self._keys(keys)
-        status = np.empty(len(found), np.uint8)
+        status = result_array(out, len(found), np.uint8, found)
         removed = self.core.remove(found, status)
         self.status = status
         if must_exist and removed < len(found):
-            raise NotFoundError(f"{len(found) - removed} of {len(found)} keys were not in")
+            error = AbsentKeysError(f"{len(found) - removed} of {len(found)} keys were not in")
+            error.mask = status == ABSENT
+            raise error
         return removed
 
     def clear(self) -> None:
@@ -370,8 +436,8 @@ class CuckooFilter:
         Parameters
         ----------
         path : str or Path
-            What `save` wrote. It must not be cut short while the filter lives; `save` over it, which
-            makes a new file, is safe.
+            What `save` wrote. It must not be cut short while the filter lives; `save` over it
+            makes a new file and is safe.
         verify : bool, optional
             Check all of it, which reads all of it. Otherwise only the header is checked, and a
             damaged file gives wrong answers.

@@ -74,6 +74,12 @@ PYRT_API pyrt_status pyrt_filter_contains(const pyrt_filter* filter, const uint6
                                           uint64_t n, uint8_t* out,
                                           uint64_t* present) PYRT_NOEXCEPT;
 
+/* As contains, packed: key i is bit i % 8 (from the lowest) of out[i / 8]. out has (n + 7) / 8
+ * bytes; bits behind the last key are 0. */
+PYRT_API pyrt_status pyrt_filter_contains_bits(const pyrt_filter* filter, const uint64_t* keys,
+                                               uint64_t n, uint8_t* out,
+                                               uint64_t* present) PYRT_NOEXCEPT;
+
 /* out[n]: how often each key is in, or more. */
 PYRT_API pyrt_status pyrt_filter_count(const pyrt_filter* filter, const uint64_t* keys, uint64_t n,
                                        uint32_t* out) PYRT_NOEXCEPT;
@@ -93,6 +99,12 @@ PYRT_API pyrt_status pyrt_filter_hash_strings(const pyrt_filter* filter, const c
  * full at the same time grow it once (0: in any case). Waits for running calls. PYRT_ENOMEM;
  * PYRT_EFULL: the next generation would have more than 2^24 segments. */
 PYRT_API pyrt_status pyrt_filter_grow(pyrt_filter* filter, uint32_t seen) PYRT_NOEXCEPT;
+
+/* Adds everything that is in `other`, which stays as it is: PYRT_EINVAL unless both were made with
+ * the same capacity, bits, slots and seed. Their keys must be of one kind. PYRT_EFULL (growing does
+ * not help: a key's place in a younger generation cannot be told from an older one), PYRT_ENOMEM;
+ * then nothing has changed. Waits for running calls on both. */
+PYRT_API pyrt_status pyrt_filter_merge(pyrt_filter* filter, const pyrt_filter* other) PYRT_NOEXCEPT;
 
 /* Takes everything out and leaves one generation. Waits for running calls. */
 PYRT_API pyrt_status pyrt_filter_clear(pyrt_filter* filter) PYRT_NOEXCEPT;
