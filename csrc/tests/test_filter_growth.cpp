@@ -279,7 +279,7 @@ TEST_P(GrownFilters, MergedOnesHoldWhatBothDid) {
   };
   for (const auto& [mine, my_generations, theirs, their_generations] :
        {Sizes{400, 1, 400, 1}, Sizes{1200, 2, 400, 1}, Sizes{400, 1, 1200, 2},
-        Sizes{1500, 3, 1500, 2}}) {
+        Sizes{1500, 3, 1500, 2}, Sizes{2000, 2, 1200, 2}}) {
     Filter a(options(1000, 3)), b(options(1000, 3));
     while (a.info().generations < my_generations) a.grow(0);
     while (b.info().generations < their_generations) b.grow(0);

@@ -38,21 +38,21 @@ def read_keys(core: _native.Filter, keys: Any) -> tuple[int, Keys]:
 
 
 def _read_array(core: _native.Filter, keys: NDArray[Any]) -> tuple[int, Keys]:
-    kind = keys.dtype.kind
+    dtype = keys.dtype
+    kind = dtype.kind
     if kind not in "iuSUOT":
-        raise InvalidArgumentError(
-            f"keys are {keys.dtype}; they must be integers, strings or bytes"
-        )
+        raise InvalidArgumentError(f"keys are {dtype}; they must be integers, strings or bytes")
     if keys.ndim != 1:
         raise InvalidArgumentError(f"keys have {keys.ndim} axes; they must have one")
+    if kind in "iu":
+        if dtype.itemsize != 8 or not dtype.isnative:
+            keys = keys.astype(np.int64 if kind == "i" else np.uint64)
+        return INTEGERS, np.ascontiguousarray(keys).view(np.uint64)
     if kind in "OT":
         return _read_items(core, keys.tolist())
-    if kind in "iu":
-        wide = keys.astype(np.int64 if kind == "i" else np.uint64, copy=False)
-        return INTEGERS, np.ascontiguousarray(wide).view(np.uint64)
     if not len(keys):
         return 0, np.empty(0, np.uint64)
-    native = keys.astype(keys.dtype.newbyteorder("="), copy=False)
+    native = keys.astype(dtype.newbyteorder("="), copy=False)
     return STRINGS, core.hash_fixed(np.ascontiguousarray(native))
 
 
