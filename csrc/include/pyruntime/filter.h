@@ -120,8 +120,8 @@ PYRT_API pyrt_status pyrt_filter_check(const pyrt_filter* filter) PYRT_NOEXCEPT;
 PYRT_API uint64_t pyrt_filter_file_bytes(const pyrt_filter* filter) PYRT_NOEXCEPT;
 
 /* Writes the filter to out[bytes], bytes = pyrt_filter_file_bytes(); PYRT_EINVAL if it has grown
- * since that said so. key_kind (0..2: unknown,
- * integers, strings) is kept for the reader. Waits for running calls. */
+ * since that said so. key_kind (0..2: unknown, integers, strings) is kept for the reader. Waits for
+ * running calls. */
 PYRT_API pyrt_status pyrt_filter_save(const pyrt_filter* filter, void* out, uint64_t bytes,
                                       uint32_t key_kind) PYRT_NOEXCEPT;
 
