@@ -1,14 +1,11 @@
-"""Expert kernels beside llama.cpp's at each width, and the shipped model's quality at each width.
+"""Expert kernels beside llama.cpp's at each width.
 
 llama.cpp: set PYRUNTIME_LLAMA_PYTHON to an interpreter that has `llama-cpp-python`; without it its
 rows are skipped. Both run one thread, in turns, over matrices that together exceed the caches.
-Quality: ``python bench/bench_moe.py FILE`` prints perplexity and KL to float on a held-out text.
 """
 
 import os
 import subprocess
-import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -131,86 +128,3 @@ def test_tokens(benchmark, bits, tokens):
     ours.x = np.repeat(ours.x, tokens, axis=0)
     benchmark.group = f"{tokens} tokens, {bits} bits"
     benchmark(ours.run)
-
-
-def quality(text):
-    """Print perplexity and KL to float of the model that ships, at each width."""
-    from pyruntime.engine.quantize import quantize
-    from pyruntime.engine.runner import Engine
-    from pyruntime.engine.sampling import SamplingParams
-    from pyruntime.engine.text import Tokenizer
-    from pyruntime.kv import ReferenceBlockPool
-    from pyruntime.models import shipped
-    from pyruntime.sched import make_plan
-
-    tokens = np.array(Tokenizer(shipped()).encode(Path(text).read_text()), np.int32)
-    window, count = 256, min(8192, len(tokens)) // 256
-
-    def logits_of(directory, bits):
-        engine = Engine.load(directory, 64, 16, bits=bits)
-        head, eps = engine.weights.head, engine.config.eps
-        layers = engine.config.num_layers
-        pool = ReferenceBlockPool(64, 16, layers)
-        for i in range(count):
-            engine.add(i, tokens[i * window : (i + 1) * window], SamplingParams())
-            pool.admit(i, engine.tokens(i))
-            grow = [(i, window)]
-            # Stop before the last layer's end, then finish by hand: all rows' logits are wanted.
-            plan = make_plan(i + 1, (), [(i, 0, window, 0, layers)], grow, [])
-            yield from _all_logits(engine, plan, pool.step(grow, []), head, eps)
-            engine.remove(i)
-            pool.free(i)
-
-    def log_softmax(x):
-        x = x.astype(np.float64)
-        x -= x.max(axis=-1, keepdims=True)
-        return x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
-
-    exact = [log_softmax(x) for x in logits_of(shipped(), None)]
-    targets = [tokens[i * window + 1 : (i + 1) * window] for i in range(count)]
-
-    def loss(rows):
-        return -np.mean(
-            [r[np.arange(window - 1), t].mean() for r, t in zip(rows, targets, strict=True)]
-        )
-
-    print(f"float: perplexity {np.exp(loss([e[:-1] for e in exact])):.3f}, {count * window} tokens")
-    with tempfile.TemporaryDirectory() as folder:
-        report = quantize(shipped(), Path(folder) / "q")
-        for level, bits in enumerate((2, 4, 6, 8)):
-            rows = [log_softmax(x) for x in logits_of(Path(folder) / "q", bits)]
-            kl = np.mean(
-                [
-                    (np.exp(e) * (e - r)).sum(axis=-1).mean()
-                    for e, r in zip(exact, rows, strict=True)
-                ]
-            )
-            perplexity = np.exp(loss([r[:-1] for r in rows]))
-            print(
-                f"{bits} bits ({report.bits_per_weight(level):.2f} read per weight): "
-                f"perplexity {perplexity:.3f}, KL {kl:.2e}"
-            )
-
-
-def _all_logits(engine, plan, tables, head, eps):
-    """Run a plan and yield the logits of all its rows."""
-    from pyruntime import ops
-    from pyruntime.engine import runner
-
-    kept = []
-    sample = runner.sample_rows
-
-    def spy(weights, eps, sequences, pieces, x, *rest):
-        kept.append(x.copy())
-        return sample(weights, eps, sequences, pieces, x, *rest)
-
-    runner.sample_rows = spy
-    try:
-        engine.run(plan, tables)
-    finally:
-        runner.sample_rows = sample
-    yield ops.linear(ops.rms_norm(kept[0], engine.weights.norm, eps), head)
-
-
-if __name__ == "__main__":
-    quality(sys.argv[1])

@@ -15,11 +15,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from bench.models import quantized_model
-from bench.support import middle
-from pyruntime.moe import ExpertStore
+from bench.support import middle, size
+from pyruntime.engine.llm import make_loop
+from pyruntime.engine.messages import Submit
+from pyruntime.engine.sampling import SamplingParams
+from pyruntime.models import shipped
+from pyruntime.moe import ExpertStore, makespan, plan_loads
+from pyruntime.sched import ChunkedPrefill, LayeredPrefill, Policy
 
 PEER = os.environ.get("PYRUNTIME_LLAMA_PYTHON")
 SHAPE = {"hidden": 2048, "layers": 16, "experts": 64, "ffn": 1024, "vocab": 8192, "top_k": 8}
@@ -62,7 +68,7 @@ class Setting:
 
     def forget(self):
         """Drop the models' pages from the page cache."""
-        for path in (self.model / "experts.mxs", *self.folder.glob("*.gguf")):
+        for path in (*self.folder.glob("*/experts.mxs"), *self.folder.glob("*.gguf")):
             with path.open("rb") as file:
                 os.fsync(file.fileno())
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -198,3 +204,112 @@ def test_less_memory_than_experts(benchmark, setting, share):
 
     benchmark.pedantic(run, rounds=1, iterations=1)
     benchmark.extra_info |= info
+
+
+@pytest.mark.timeout(3600)
+def test_first_token_of_a_cold_store(benchmark, setting):
+    """Seconds from nothing to the first token, loading all of a 4-bit store or what is needed.
+
+    The prompt has 8 tokens; nothing of the file is in memory before.
+    """
+    model = setting.made("pyruntime-4", bits=(4,), attention_bits=4)
+    budget = (64 if setting.disabled else 8192) * MIB
+    kv = (4 if setting.disabled else 64) * MIB
+    ways = {
+        "all at once": {"bits": 4, "kv_bytes": kv},
+        "as needed": {"memory_budget": budget, "kv_bytes": kv},
+    }
+    taken = {name: [] for name in ways}
+
+    def once():
+        for name, options in ways.items():
+            setting.forget()
+            runner = setting.ours(model=model, **options)
+            taken[name].append(runner.hello["load_s"] + runner.run(8, 2)["prefill_s"])
+            runner.close()
+
+    benchmark.pedantic(once, rounds=1 if setting.disabled else 3, iterations=1)
+    seconds = {name: round(middle(each), 2) for name, each in taken.items()}
+    pairs = zip(taken["as needed"], taken["all at once"], strict=True)
+    benchmark.extra_info |= {
+        "store_mb": (model / "experts.mxs").stat().st_size >> 20,
+        "seconds": seconds,
+        "ratio": round(middle([a / b for a, b in pairs]), 3),
+        "target": 0.25,
+    }
+
+
+def test_expert_bytes_of_layered_prefill(benchmark):
+    """Expert bytes of a long prompt, cut along layers or along tokens, on the model that ships."""
+    tokens = size(benchmark, 2000, 300)
+    rng = np.random.default_rng(5)
+    prompt = rng.integers(5, 1000, tokens).tolist()
+    read = {}
+
+    def once():
+        for name, partition in (
+            ("chunks of 256", ChunkedPrefill(256)),
+            ("layers", LayeredPrefill(256, 8192, 256)),
+        ):
+            loop = make_loop(shipped(), max_running=1, policy="layered")
+            loop.scheduler.policy = Policy(name, partition=partition)
+            loop.submit(Submit("x", prompt, SamplingParams(), 1, ignore_eos=True))
+            while loop.busy:
+                loop.step()
+            read[name] = loop.stats.expert_bytes
+
+    benchmark.pedantic(once, rounds=1, iterations=1)
+    chunked, layered = read.values()
+    benchmark.extra_info |= {
+        "prompt": tokens,
+        "expert_mb": {name: round(each / 1e6, 1) for name, each in read.items()},
+        "ratio": round(layered / chunked, 3),
+        "target": 0.65,
+    }
+
+
+def test_order_of_loads(benchmark):
+    """Time until a layer is computed, by the order of its loads, over that of the best order.
+
+    Up to six experts at random widths and counts of tokens, at most seven planes missing; a plane
+    takes its bytes to load, and a token three hundredths of that to compute.
+    """
+    rng = np.random.default_rng(2)
+    load, compute = np.array([1.0, 0.5, 0.5]), np.array([0.03, 0.04, 0.05])
+    ratios = {order: [] for order in ("hebf", "johnson", "id")}
+
+    def once():
+        while len(ratios["id"]) < size(benchmark, 300, 5):
+            experts = int(rng.integers(2, 7))
+            counts = rng.geometric(0.1, (experts, 3)) * (rng.random((experts, 3)) < 0.4)
+            resident = rng.integers(0, 3, experts).astype(np.int32)
+            wanted = [max(np.flatnonzero(c), default=-1) + 1 for c in counts]
+            missing = {e: w - int(r) for e, (w, r) in enumerate(zip(wanted, resident, strict=True))}
+            missing = {e: n for e, n in missing.items() if n > 0}
+            if not 2 <= sum(missing.values()) <= 7:
+                continue
+            least = min(
+                makespan(counts, resident, load, compute, planes)
+                for planes in orders([], missing, resident)
+            )
+            for order, each in ratios.items():
+                each.append(plan_loads(counts, resident, load, compute, order)[1] / least)
+
+    benchmark.pedantic(once, rounds=1, iterations=1)
+    mean = {order: float(np.mean(each)) for order, each in ratios.items()}
+    benchmark.extra_info |= {f"{order} over the best": round(m, 3) for order, m in mean.items()}
+    benchmark.extra_info |= {
+        "hebf over id": round(mean["hebf"] / mean["id"], 3),
+        "target over id": 0.9,
+        "target over the best": 1.1,
+    }
+
+
+def orders(begun, missing, resident):
+    """Yield every order of the missing planes in which an expert's come one after the other."""
+    if not missing:
+        yield begun
+    for expert, left in missing.items():
+        plane = (expert, int(resident[expert]) + sum(e == expert for e, _ in begun))
+        rest = {e: n - (e == expert) for e, n in missing.items() if e != expert or left > 1}
+        yield from orders([*begun, plane], rest, resident)

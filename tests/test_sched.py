@@ -1,6 +1,7 @@
 """The scheduler against a simulated engine: invariants hold under every event."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -268,6 +269,15 @@ def test_layered_prefill_covers_all_tokens_a_slice_of_layers_at_a_time():
         bench.finish(plan)
     assert seen == [{(0, 60, g, g + 1), (0, 40, g, g + 1)} for g in range(5)]
     assert len(bench.done) == 2
+
+
+@pytest.mark.parametrize("room", [0, 49])
+def test_prompts_are_chunked_where_hidden_states_have_no_room(room):
+    bench = Bench(Policy(partition=LayeredPrefill(20, 200, 50)), num_blocks=100)
+    bench.scheduler.resources = replace(bench.scheduler.resources, hidden_tokens=room)
+    bench.arrive(60, 1)
+    plan = bench.plan()
+    assert plan.prefill.tolist() == [[1, 0, 20, 0, LAYERS]]
 
 
 def test_short_prompts_are_chunked_under_the_layered_preset():

@@ -214,12 +214,14 @@ class LayeredPrefill:
         if batch:  # in flight: nothing joins until its last group is done
             return [self._next(request, limits) for request in batch]
         batch = list(prefilling)
-        total = sum(request.to_prefill for request in batch)
         most = min(self.max_tokens, limits.hidden_tokens)
+        if most < self.min_tokens:  # no room for the hidden states between slices
+            return self._chunks.cut(batch, num_decode, limits, take)
+        total = sum(request.to_prefill for request in batch)
         while total < most and (taken := take(most - total)) is not None:
             batch.append(taken)
             total += taken.to_prefill
-        if total < self.min_tokens or most < self.min_tokens:
+        if total < self.min_tokens:
             return self._chunks.cut(batch, num_decode, limits, lambda _: None)
         pieces = []
         left = most
