@@ -224,7 +224,7 @@ pyrt_status pyrt_kv_seq_unpark(pyrt_kv* pool, uint64_t seq) noexcept {
   return capi::guard([&] {
     capi::require(pool, "pool");
     pool->result.evicted.clear();
-    pool->unpark(seq, pool->has_tiers() ? &pool->result.evicted : nullptr);
+    pool->pins.unpark(seq, pool->result, pool->has_tiers() ? &pool->result.evicted : nullptr);
   });
 }
 
@@ -264,7 +264,7 @@ pyrt_status pyrt_kv_step(pyrt_kv* pool, const pyrt_kv_ops* given, pyrt_kv_result
     }
     pyrt_kv_ops o{};
     std::memcpy(&o, given, std::min<size_t>(given->struct_size, sizeof o));
-    if ((o.flags & ~7u) != 0) fail(PYRT_EINVAL, "flags is %#x; only the lowest 3 bits", o.flags);
+    if ((o.flags & ~15u) != 0) fail(PYRT_EINVAL, "flags is %#x; only the lowest 4 bits", o.flags);
     const auto frees = array(o.frees, o.num_frees, "frees");
     const auto trims = array(o.trims, o.num_trims, "trims");
     const auto grows = array(o.grows, o.num_grows, "grows");
@@ -304,7 +304,9 @@ pyrt_status pyrt_kv_step(pyrt_kv* pool, const pyrt_kv_ops* given, pyrt_kv_result
     ops.admissions = pool->scratch_admissions;
     ops.prefix = (o.flags & PYRT_KV_PREFIX) != 0;
     ops.keep_promises = (o.flags & PYRT_KV_PROMISES) != 0;
+    ops.pins_end = (o.flags & PYRT_KV_PINS_END) != 0;
     const bool dry = (o.flags & PYRT_KV_DRY) != 0;
+    if (ops.pins_end && !dry) fail(PYRT_EINVAL, "PYRT_KV_PINS_END goes with PYRT_KV_DRY only");
     fitted = pool->pins.step(ops, pool->result, dry);
     write(pool->result, result);
     if (dry || (!fitted && !ops.prefix)) return;
@@ -469,6 +471,7 @@ pyrt_status pyrt_kv_get_statistics(const pyrt_kv* pool, pyrt_kv_statistics* out)
     full.pins_ended = pool->pins.stats.ended.read();
     full.pins_pressed = pool->pins.stats.pressed.read();
     full.pins_refused = pool->pins.stats.refused.read();
+    full.index_closed = pool->index_closed() ? 1 : 0;
     full.struct_size = out->struct_size;
     std::memcpy(out, &full, std::min<size_t>(out->struct_size, sizeof full));
   });
@@ -485,11 +488,16 @@ pyrt_status pyrt_kv_available(const pyrt_kv* pool, uint32_t group, uint32_t* blo
   });
 }
 
-pyrt_status pyrt_kv_check(const pyrt_kv* pool) noexcept {
+pyrt_status pyrt_kv_check(pyrt_kv* pool) noexcept {
   return capi::guard([&] {
     capi::require(pool, "pool");
-    pool->check();
-    pool->pins.check();
+    try {
+      pool->check();
+      pool->pins.check();
+    } catch (const Error&) {
+      pool->close_index();
+      throw;
+    }
   });
 }
 

@@ -146,6 +146,7 @@ struct StepOps {
   bool prefix = false;              // grow and admit as many as fit, in order; else all or nothing
   bool keep_promises = false;       // admissions leave room for what others were promised
   bool attempt = false;             // a refusal is not counted: another try follows
+  bool pins_end = false;            // a dry step as if all pins had ended (retention.hpp)
 };
 
 struct StepResult {
@@ -223,7 +224,9 @@ class BlockPool {
   bool fits(uint32_t tokens) const;
 
   void set_policy(Policy policy, ScoreFunction score, void* user);
-  void set_sharing(bool on) { options_.sharing = on; }
+  // After a failed check: nothing is found any more and nothing published, the rest goes on.
+  void close_index() noexcept { options_.sharing = false, index_closed_ = true; }
+  bool index_closed() const noexcept { return index_closed_; }
   // Forgets all content that no sequence holds.
   void clear();
 
@@ -250,6 +253,7 @@ class BlockPool {
   // made room: it needs `blocks` of each group less holes) gives it private ones again.
   void park(SeqHandle seq);
   bool parked(SeqHandle seq) const;
+  uint32_t parked_blocks(SeqHandle seq, uint32_t group) const;  // what it needs
   void unpark(SeqHandle seq, std::vector<Eviction>* evicted);
 
   const Node& node(NodeId id) const { return nodes_[id]; }
@@ -430,6 +434,7 @@ class BlockPool {
 
   // Numbers that change in no call begin; then what they size.
   Options options_;
+  bool index_closed_ = false;
   uint32_t num_groups_;
   uint32_t max_blocks_;
   size_t stride_;

@@ -221,6 +221,10 @@ void Pins::forget_latest(size_t n) noexcept {
 bool Pins::step(const StepOps& ops, StepResult& result, bool dry) {
   if (order_.empty()) return pool_.step(ops, result, dry);
   StepOps tried = ops;
+  if (ops.pins_end) {
+    tried.frees = with_latest(ops.frees, order_.size());
+    return pool_.step(tried, result, true);
+  }
   // How far the step comes without the `n` latest pins; it only ever comes further with more.
   const auto reach = [&](size_t n) -> uint64_t {
     tried.frees = with_latest(ops.frees, n);
@@ -255,6 +259,38 @@ bool Pins::step(const StepOps& ops, StepResult& result, bool dry) {
   return fitted;
 }
 
+size_t Pins::pins_for(const int64_t* need, StepResult& result) {
+  StepOps ops;
+  const auto enough = [&](size_t n) {
+    ops.frees = with_latest({}, n);
+    pool_.step(ops, result, true);
+    bool fits = true;
+    for (uint32_t g = 0; g < pool_.num_groups(); ++g) fits &= result.left[g] >= need[g];
+    return fits;
+  };
+  size_t n = 1;
+  while (n < order_.size() && !enough(n)) n *= 2;
+  n = std::min(n, order_.size());
+  return enough(n) ? n : order_.size() + 1;
+}
+
+void Pins::unpark(SeqHandle seq, StepResult& result, std::vector<Eviction>* evicted) {
+  int64_t need[kMaxGroups];
+  bool lacking = false;
+  for (uint32_t g = 0; g < pool_.num_groups(); ++g) {
+    need[g] = pool_.parked_blocks(seq, g);
+    lacking |= pool_.available(g) < need[g];
+  }
+  if (lacking && !order_.empty()) {
+    const size_t n = pins_for(need, result);
+    if (n <= order_.size()) {
+      pool_.free(with_latest({}, n));
+      forget_latest(n);
+    }
+  }
+  pool_.unpark(seq, evicted);
+}
+
 bool Pins::advance(Batch& batch, const int32_t* tokens, StepResult& result) {
   if (order_.empty()) return batch.advance(tokens, result);
   if (batch.advance(tokens, result, true)) return true;
@@ -268,23 +304,13 @@ bool Pins::advance(Batch& batch, const int32_t* tokens, StepResult& result) {
     need[g] = pool_.available(g) - result.left[g];
   }
   const StepResult refused = result;
-  StepOps ops;
-  const auto enough = [&](size_t n) {
-    ops.frees = with_latest({}, n);
-    pool_.step(ops, result, true);
-    bool fits = true;
-    for (uint32_t g = 0; g < pool_.num_groups(); ++g) fits &= result.left[g] >= need[g];
-    return fits;
-  };
-  // Content that the batch writes a second time may be among what is unpinned: then it holds it
-  // again, so that more must go.
-  size_t n = 1;
-  while (n < order_.size() && !enough(n)) n *= 2;
-  n = std::min(n, order_.size());
-  if (!enough(n)) {
+  size_t n = pins_for(need, result);
+  if (n > order_.size()) {
     result = refused;
     return refuse();
   }
+  // Content that the batch writes a second time may be among what is unpinned: then it holds it
+  // again, so that more must go.
   for (;; n = 1) {
     pool_.free(with_latest({}, n));
     forget_latest(n);

@@ -88,6 +88,7 @@ class Pins {
   // As the pool's and the batch's, ending pins where that makes the step fit.
   bool step(const StepOps& ops, StepResult& result, bool dry);
   bool advance(Batch& batch, const int32_t* tokens, StepResult& result);
+  void unpark(SeqHandle seq, StepResult& result, std::vector<Eviction>* evicted);
 
   void check() const;  // throws PYRT_ECORRUPT
   uint64_t hash() const noexcept;
@@ -119,6 +120,9 @@ class Pins {
   // Sequences of the `n` pins of the latest arrivals, behind `frees`.
   std::span<const SeqHandle> with_latest(std::span<const SeqHandle> frees, size_t n);
   void forget_latest(size_t n) noexcept;
+  // How many pins, the latest first, give so many blocks of each group; more than there are if all
+  // do not.
+  size_t pins_for(const int64_t* need, StepResult& result);
 
   BlockPool& pool_;
   double share_ = 0.6;

@@ -146,6 +146,12 @@ void BlockPool::park(SeqHandle seq) {
   touch(slot);
 }
 
+uint32_t BlockPool::parked_blocks(SeqHandle seq, uint32_t group) const {
+  const uint32_t slot = slot_of(seq);
+  const int32_t* row = row_of(groups_[group], slot);
+  return static_cast<uint32_t>(std::count(row, row + seqs_[slot].blocks, kParkedEntry));
+}
+
 void BlockPool::unpark(SeqHandle seq, std::vector<Eviction>* evicted) {
   const uint32_t slot = slot_of(seq);
   const uint32_t blocks = seqs_[slot].blocks;
@@ -154,8 +160,7 @@ void BlockPool::unpark(SeqHandle seq, std::vector<Eviction>* evicted) {
   taken.reserve(blocks);
   uint32_t counts[kMaxGroups];
   for (uint32_t g = 0; g < num_groups_; ++g) {
-    const int32_t* row = row_of(groups_[g], slot);
-    counts[g] = static_cast<uint32_t>(std::count(row, row + blocks, kParkedEntry));
+    counts[g] = parked_blocks(seq, g);
     if (available(g) < counts[g]) {
       fail(PYRT_EFULL, "%u blocks come back to group %u and %u are to be had", counts[g], g,
            available(g));

@@ -203,7 +203,7 @@ class Fuzzer {
     }
     pyrt_kv_ops ops{};
     ops.struct_size = sizeof ops;
-    ops.flags = in_.below(8);
+    ops.flags = in_.below(16);
     ops.frees = frees.data();
     ops.num_frees = frees.size();
     ops.trims = trims.data();

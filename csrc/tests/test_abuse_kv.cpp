@@ -211,7 +211,8 @@ std::vector<Row> rows(Fixture& f) {
          return pyrt_kv_step(f.pool, &f.ops, &small);
        }},
       step("size 0", [](auto& o) { o.struct_size = 0; }),
-      step("flags", [](auto& o) { o.flags = 8; }),
+      step("flags", [](auto& o) { o.flags = 16; }),
+      step("pins end in a real step", [](auto& o) { o.flags = PYRT_KV_PINS_END; }),
       step("null frees", [](auto& o) { o.num_frees = 1; }),
       step("null trims", [](auto& o) { o.num_trims = 1; }),
       step("null grows", [](auto& o) { o.num_grows = 1; }),

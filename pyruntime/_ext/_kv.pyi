@@ -4,6 +4,7 @@ from typing import Any
 DRY: int
 PREFIX: int
 PROMISES: int
+PINS_END: int
 
 class Pool:
     def __init__(

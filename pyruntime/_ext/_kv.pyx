@@ -78,6 +78,7 @@ cdef extern from "pyruntime/kv.h" nogil:
         uint64_t step_us[20]
         uint64_t bytes
         uint64_t pins, pinned_blocks, pins_made, pins_expired, pins_ended, pins_pressed, pins_refused
+        uint64_t index_closed
     ctypedef struct pyrt_kv_ttl:
         uint32_t struct_size, rule
         double wait_s, eta, reload_s, unknown_mean_s
@@ -126,12 +127,12 @@ cdef extern from "pyruntime/kv.h" nogil:
     pyrt_status pyrt_kv_events_snapshot(pyrt_kv*, uint8_t*, size_t, size_t*, uint64_t*)
     pyrt_status pyrt_kv_get_statistics(const pyrt_kv*, pyrt_kv_statistics*)
     pyrt_status pyrt_kv_available(const pyrt_kv*, uint32_t, uint32_t*)
-    pyrt_status pyrt_kv_check(const pyrt_kv*)
+    pyrt_status pyrt_kv_check(pyrt_kv*)
     pyrt_status pyrt_kv_state_hash(const pyrt_kv*, uint64_t*)
     pyrt_status pyrt_kv_picture(const pyrt_kv*, uint32_t, char*, size_t)
     pyrt_status pyrt_kv_fail_at(pyrt_kv*, int64_t)
 
-DRY, PREFIX, PROMISES = 1, 2, 4
+DRY, PREFIX, PROMISES, PINS_END = 1, 2, 4, 8
 
 
 cdef int fail(pyrt_status status) except -1:
@@ -650,6 +651,7 @@ cdef class Pool:
             "pins": s.pins, "pinned_blocks": s.pinned_blocks, "pins_made": s.pins_made,
             "pins_expired": s.pins_expired, "pins_ended": s.pins_ended,
             "pins_pressed": s.pins_pressed, "pins_refused": s.pins_refused,
+            "index_closed": s.index_closed,
         }
 
     def available(self, uint32_t group):

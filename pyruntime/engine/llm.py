@@ -48,6 +48,7 @@ def make_loop(
     deterministic: bool = True,
     disk_cache: str | Path | None = None,
     disk_bytes: int = 4 << 30,
+    retention: str | None = "formula",
     progress: Progress | None = None,
 ) -> EngineLoop:
     """Load a model and everything that serves it.
@@ -80,6 +81,9 @@ def make_loop(
         weights are read once more to tell. `EngineLoop.close` writes what is on its way.
     disk_bytes : int, default 4 GiB
         Of that file at most.
+    retention : {"formula", "fixed"} or None
+        How long what a program's turn computed is kept while it calls a tool
+        (`pyruntime.kv.Retention`); None: as long as anything else that was served.
     progress : callable, optional
         Called with (layers loaded, layers).
 
@@ -164,7 +168,14 @@ def make_loop(
         engine.kv,
         disk=disk,
     )
-    return EngineLoop(engine, pool, chosen, max_running=max_running, max_queued=max_queued)
+    return EngineLoop(
+        engine,
+        pool,
+        chosen,
+        max_running=max_running,
+        max_queued=max_queued,
+        retention=retention,
+    )
 
 
 @dataclass

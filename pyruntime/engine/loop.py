@@ -19,8 +19,9 @@ import numpy as np
 
 from pyruntime import ops
 from pyruntime.engine.messages import Delta, Submit, TokenLogprobs
+from pyruntime.engine.programs import Programs
 from pyruntime.engine.runner import Engine, StepResult
-from pyruntime.errors import CapacityError, Error
+from pyruntime.errors import CapacityError, CorruptDataError, Error
 from pyruntime.kv import EnginePool, ServingPool
 from pyruntime.kv.metrics import flatten
 from pyruntime.sched import Policy, Preempt, Request, Resources, Scheduler, State, StepPlan
@@ -92,6 +93,8 @@ class EngineLoop:
     policy : Policy, optional
     max_running, max_queued : int
         Requests that compute at a time, and that may wait.
+    retention : {"formula", "fixed"}, optional
+        Keep what programs' turns computed while they call tools (`pyruntime.engine.programs`).
     clock : callable, optional
         Seconds; for tests.
     """
@@ -104,6 +107,7 @@ class EngineLoop:
         *,
         max_running: int = 64,
         max_queued: int = 1024,
+        retention: str | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.engine = engine
@@ -122,7 +126,11 @@ class EngineLoop:
         self._live: dict[int, _Live] = {}
         self._handles: dict[str, int] = {}
         self._next_handle = 0
+        self._alarmed = False
         self._view = _View(pool, self._start)
+        self._programs = None
+        if retention is not None and isinstance(pool, ServingPool):
+            self._programs = Programs(pool, retention, clock)
 
     def _start(self, handle: int) -> int:
         self.pool.free(handle)  # of a step that failed after it was admitted
@@ -130,7 +138,10 @@ class EngineLoop:
         live = self._live[handle]
         cached = self.pool.admit(handle, tokens, live.submit.tenant.encode())
         self.stats.cached_tokens += cached
-        live.cached = cached if live.generated == 0 else live.cached
+        if live.generated == 0:
+            live.cached = cached
+            if self._programs is not None:
+                self._programs.admitted(live.request)
         return cached
 
     def close(self) -> None:
@@ -182,6 +193,8 @@ class EngineLoop:
         self._live[handle] = _Live(handle, submit, request, frozenset(stops))
         self._handles[submit.id] = handle
         self.stats.prompt_tokens += len(submit.tokens)
+        if self._programs is not None:
+            self._programs.arrived(request)
         return Delta(submit.id)
 
     def abort(self, request_id: str) -> Delta | None:
@@ -192,6 +205,8 @@ class EngineLoop:
     def step(self) -> list[Delta]:
         """Run one step and return what it brought; [] when there is nothing to do."""
         begin = self._clock()
+        if self._programs is not None:
+            self._programs.tick()
         deltas = [self._end(h, State.CANCELLED, "deadline") for h in self.scheduler.expired(begin)]
         plan = self.scheduler.schedule(begin, self._view)
         scheduled = self._clock()
@@ -211,6 +226,8 @@ class EngineLoop:
         ran = self._clock()
         self._account(plan, result, deltas)
         end = self._clock()
+        if self._programs is not None and plan.num_tokens > len(plan.decode):
+            self._programs.computed(plan.num_tokens, ran - scheduled)
         stats = self.stats
         stats.steps += 1
         stats.seconds["schedule"] += scheduled - begin + end - ran
@@ -282,16 +299,28 @@ class EngineLoop:
         if self.stats.step_errors <= MAX_IDENTICAL_ERRORS:
             log.exception("step %d failed with %s", plan.id, type(error).__name__)
         self.engine.drop(plan.id)
+        self._check()
         blamed = self.scheduler.engine_error(plan)
         if blamed is not None:
             delta = self._end(blamed, State.FAILED, "error")
             delta.error, delta.error_kind = "the engine failed on this request", "internal"
             deltas.append(delta)
 
+    def _check(self) -> None:
+        """Look at the pool after a failure: one that is inconsistent shares nothing any more."""
+        try:
+            self.pool.check()
+        except CorruptDataError as error:
+            if not self._alarmed:
+                log.critical("%s; prompts are computed whole from here on, report this", error)
+            self._alarmed = True
+
     def _end(self, handle: int, state: State, reason: str) -> Delta:
         live = self._live.pop(handle)
         del self._handles[live.submit.id]
         self.scheduler.finish(handle, state)
+        if self._programs is not None:
+            self._programs.ended(live.request, state is State.FINISHED)
         self.pool.free(handle)
         self.engine.remove(handle)
         self.stats.finished[reason] += 1

@@ -25,7 +25,7 @@ Ints = npt.NDArray[np.int32]
 POLICIES = {"lru": 0, "slru": 1, "score": 2}
 KINDS = {1: "stored", 2: "removed", 3: "cleared"}
 
-DRY, PREFIX, PROMISES = _kv.DRY, _kv.PREFIX, _kv.PROMISES
+DRY, PREFIX, PROMISES, PINS_END = _kv.DRY, _kv.PREFIX, _kv.PROMISES, _kv.PINS_END
 NO_SEQS = np.empty(0, np.uint64)
 NO_COUNTS = np.empty(0, np.uint32)
 
@@ -480,7 +480,7 @@ class BlockPool:
         return "\n".join(signs[at : at + width] for at in range(0, len(signs), width))
 
     def check(self) -> None:
-        """Walk every invariant.
+        """Walk every invariant. After a failure nothing is found or published any more.
 
         Raises
         ------

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyruntime.errors import CapacityError, InvalidArgumentError, NotFoundError, StateError
-from pyruntime.kv.block_pool import NO_COUNTS, NO_SEQS, BlockPool
+from pyruntime.kv.block_pool import DRY, NO_COUNTS, NO_SEQS, PINS_END, BlockPool
 from pyruntime.kv.disk_cache import DiskCache
 from pyruntime.kv.records import REASONS
 from pyruntime.kv.swap import HostTier
@@ -23,7 +23,6 @@ from pyruntime.pool import Budget
 
 __all__ = ["ServingPool"]
 
-DRY = 1
 EVENTS = 1 << 16
 
 
@@ -173,6 +172,19 @@ class ServingPool:
         """Whether the request was admitted and not freed since."""
         return request in self._requests
 
+    def sequence(self, request: int) -> int:
+        """Return the number of a request's sequence in `pool`.
+
+        Raises
+        ------
+        pyruntime.errors.NotFoundError
+            The request is not known.
+        """
+        known = self._requests.get(request)
+        if known is None:
+            raise NotFoundError(f"request {request} is not in the pool")
+        return known.seq
+
     def commit(
         self,
         request: int,
@@ -265,7 +277,10 @@ class ServingPool:
         return [wanted - (known.blocks - len(kept)) for kept in known.swapped]
 
     def dry_run(self, grow: Sequence[tuple[int, int]], free: Sequence[int] = ()) -> int:
-        """Return the blocks left after such a step, negative for a deficit; changes nothing."""
+        """Return the blocks left after such a step, negative for a deficit; changes nothing.
+
+        Pins count as ended: `step` ends those in its way.
+        """
         seqs, counts, extra = [], [], [0] * len(self.groups)
         for request, tokens in grow:
             known = self._requests.get(request)
@@ -294,7 +309,7 @@ class ServingPool:
             np.array([s for s, _ in pairs], np.uint64) if pairs else NO_SEQS,
             np.array([n for _, n in pairs], np.uint32) if pairs else NO_COUNTS,
             (),
-            DRY,
+            DRY | PINS_END,
             None,
         )
         return int(min(left - n for left, n in zip(result["left"], extra, strict=True)))

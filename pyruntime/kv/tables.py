@@ -189,6 +189,10 @@ class EnginePool(Protocol):
         """Return a request's blocks; unknown requests are ignored."""
         ...
 
+    def check(self) -> None:
+        """Raise `CorruptDataError` unless every invariant holds."""
+        ...
+
     @property
     def num_free(self) -> int:
         """Free blocks."""

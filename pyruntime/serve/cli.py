@@ -58,6 +58,13 @@ BitPolicy = Annotated[
 Deterministic = Annotated[
     bool, typer.Option(help="Whether text never depends on which experts are in memory.")
 ]
+Retention = Annotated[
+    str,
+    typer.Option(
+        help="How long a program's KV blocks stay while it calls a tool: formula (as long as it "
+        "pays, by what was measured), fixed (2 s, for quick tools) or off."
+    ),
+]
 KvMemory = Annotated[int, typer.Option(help="KV cache limit in MiB.", min=1)]
 
 
@@ -139,6 +146,7 @@ def serve(
         typer.Option(help="File that keeps keys and values of served text across restarts."),
     ] = None,
     disk_memory: Annotated[int, typer.Option(help="MiB of that file at most.", min=1)] = 4096,
+    retention: Retention = "formula",
     grace_s: Annotated[float, typer.Option(help="Seconds to finish after SIGTERM.", min=0)] = 30.0,
 ) -> None:
     """Serve a model over the OpenAI API, with a status page at /."""
@@ -155,6 +163,7 @@ def serve(
         "memory_budget": memory_budget << 20 if memory_budget else None,
         "bit_policy": bit_policy,
         "deterministic": deterministic,
+        "retention": None if retention == "off" else retention,
     }
     if disk_cache is not None:
         options |= {"disk_cache": str(disk_cache), "disk_bytes": disk_memory << 20}

@@ -101,7 +101,8 @@ PYRT_API pyrt_status pyrt_kv_seq_mask(pyrt_kv* pool, uint64_t seq, const uint64_
                                       size_t* num_moves, uint32_t* held) PYRT_NOEXCEPT;
 
 /* Swapped out: gives up all blocks, keeps its lengths. Back: gets others, private, in the same
- * entries; PYRT_EFULL when there are not enough. What they hold is the caller's to copy. */
+ * entries, ending pins for them as a step does; PYRT_EFULL when there are not enough. What they
+ * hold is the caller's to copy. */
 PYRT_API pyrt_status pyrt_kv_seq_park(pyrt_kv* pool, uint64_t seq) PYRT_NOEXCEPT;
 PYRT_API pyrt_status pyrt_kv_seq_unpark(pyrt_kv* pool, uint64_t seq) PYRT_NOEXCEPT;
 
@@ -141,9 +142,10 @@ typedef struct pyrt_kv_admission {
 } pyrt_kv_admission;
 
 enum {
-  PYRT_KV_DRY = 1,     /* plan only: nothing changes, the result says what would be */
-  PYRT_KV_PREFIX = 2,  /* grow and admit as many as fit, in order; else all or nothing */
-  PYRT_KV_PROMISES = 4 /* admissions leave room for what others were promised */
+  PYRT_KV_DRY = 1,      /* plan only: nothing changes, the result says what would be */
+  PYRT_KV_PREFIX = 2,   /* grow and admit as many as fit, in order; else all or nothing */
+  PYRT_KV_PROMISES = 4, /* admissions leave room for what others were promised */
+  PYRT_KV_PINS_END = 8  /* with PYRT_KV_DRY: as if all pins had ended, which a step may do */
 };
 
 /* One scheduler step, in this order: frees, trims, growths, admissions. */
@@ -336,6 +338,7 @@ typedef struct pyrt_kv_statistics {
   uint64_t pins_ended;
   uint64_t pins_pressed;
   uint64_t pins_refused;
+  uint64_t index_closed; /* 1 after a check that failed */
 } pyrt_kv_statistics;
 
 /* Counters and gauges; fields beyond the caller's struct_size are not written. */
@@ -345,8 +348,10 @@ PYRT_API pyrt_status pyrt_kv_get_statistics(const pyrt_kv* pool,
 PYRT_API pyrt_status pyrt_kv_available(const pyrt_kv* pool, uint32_t group,
                                        uint32_t* blocks) PYRT_NOEXCEPT;
 
-/* Walks every invariant, O(blocks + nodes + entries). PYRT_ECORRUPT says what is wrong. */
-PYRT_API pyrt_status pyrt_kv_check(const pyrt_kv* pool) PYRT_NOEXCEPT;
+/* Walks every invariant, O(blocks + nodes + entries). PYRT_ECORRUPT says what is wrong; from then
+ * on nothing is found or published any more, so that no sequence gets another's content, while
+ * allocation goes on. */
+PYRT_API pyrt_status pyrt_kv_check(pyrt_kv* pool) PYRT_NOEXCEPT;
 /* A hash of everything callers can observe, eviction order included: equal before and after a call
  * that failed. */
 PYRT_API pyrt_status pyrt_kv_state_hash(const pyrt_kv* pool, uint64_t* hash) PYRT_NOEXCEPT;
