@@ -101,6 +101,23 @@ def test_linear_is_the_reference_times_quantized_activations(bits):
             np.testing.assert_array_equal(y, one_by_one)
 
 
+@pytest.mark.parametrize(("shape", "bits"), [((33, 512), [2, 4, 6, 8]), ((5, 40), [4, 8])])
+def test_a_search_finds_better_ranges(shape, bits):
+    w = weights(*shape)
+    found = [NestedMatrix.quantize(w, bits, search=n) for n in (1, 4, 8, 16)]
+    error = np.array(
+        [[((m.dequantize(level) - w) ** 2).sum() for level in range(len(bits))] for m in found]
+    )
+    assert np.all(
+        error[1:, bits.index(4)] < (0.92 if shape[0] > 9 else 1) * error[0, bits.index(4)]
+    )
+    assert np.all(error[1:] < 1.1 * error[0])
+    flat = NestedMatrix.quantize(np.full(shape, 0.25, np.float32), bits, search=8)
+    assert np.abs(flat.dequantize() - 0.25).max() < 1e-3
+    unseen = NestedMatrix.quantize(w, bits, search=8, importance=np.zeros(shape[1], np.float32))
+    assert np.isfinite(unseen.dequantize()).all()
+
+
 def test_weights_that_cannot_be_quantized():
     w = weights(4, 40)
     w[2, 33] = np.inf

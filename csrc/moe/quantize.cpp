@@ -47,45 +47,126 @@ double error_of(const Block& b, int bits, const Pair& pair) {
   return sum;
 }
 
+// A group's range in search of the least cost: the sum over levels of squared errors, each over the
+// square of that level's cell in the whole range.
+class RangeSearch {
+ public:
+  RangeSearch(const float* w, const float* h, int64_t count, const Shape& shape)
+      : w_(w), h_(h), count_(count), shape_(shape) {
+    for (int64_t i = 0; i < count; ++i) {
+      low_ = std::min(low_, w[i]);
+      high_ = std::max(high_, w[i]);
+    }
+    from = low_;
+    to = high_;
+  }
+
+  // Tries `search` places for the lower end, then for the upper one, then twice the least squares
+  // fit of both to the codes they gave.
+  void run(int search) {
+    if (search == 1 || !(high_ > low_)) return;
+    best_ = cost(from, to);
+    const float step = kSpan / static_cast<float>(search);
+    for (int s = 0; s < search; ++s) attempt(low_ * (kFirst - step * static_cast<float>(s)), to);
+    const float lower = from;
+    for (int s = 0; s < search; ++s)
+      attempt(lower, high_ * (kFirst - step * static_cast<float>(s)));
+    for (int i = 0; i < 2; ++i) fit();
+  }
+
+  float from = 0.0f, to = 0.0f;
+
+ private:
+  static constexpr float kSpan = 0.32f, kFirst = 1.06f;  // of the whole range's ends
+
+  void attempt(float lower, float upper) {
+    if (!(upper > lower) || lower > 0.0f) return;  // mins are not negative
+    const float here = cost(lower, upper);
+    if (here >= best_) return;
+    best_ = here;
+    from = lower;
+    to = upper;
+  }
+
+  float weight_of(int bits) const {
+    const float cell = (high_ - low_) / static_cast<float>(1 << bits);
+    return static_cast<float>(width_weight(bits)) / (cell * cell);
+  }
+
+  // Codes of 8 bits in the range lower..upper; weights beyond the group count nothing.
+  void codes(float lower, float upper, float* out) const {
+    const float inverse = 256.0f / (upper - lower);
+    for (int64_t i = 0; i < kGroup; ++i) {
+      const float u = std::min(std::max((w_[i] - lower) * inverse, 0.0f), 255.0f);
+      out[i] = static_cast<float>(static_cast<int>(u));
+    }
+  }
+
+  float cost(float lower, float upper) const {
+    float code[kGroup], error[kGroup];
+    codes(lower, upper, code);
+    float sum = 0.0f;
+    for (int level = 0; level < shape_.levels; ++level) {
+      const int bits = shape_.bits[level];
+      const float shrink = 1.0f / static_cast<float>(1 << (8 - bits));
+      const float cell = (upper - lower) / static_cast<float>(1 << bits);
+      for (int64_t i = 0; i < kGroup; ++i) {
+        const auto u = static_cast<float>(static_cast<int>(code[i] * shrink));
+        const float e = lower + (u + 0.5f) * cell - w_[i];
+        error[i] = e * e * h_[i];
+      }
+      float part[4] = {};
+      for (int64_t i = 0; i < kGroup; i += 4) {
+        for (int k = 0; k < 4; ++k) part[k] += error[i + k];
+      }
+      sum += weight_of(bits) * (part[0] + part[1] + part[2] + part[3]);
+    }
+    return sum;
+  }
+
+  // The ends for which lower + x * (upper - lower) / 256 is nearest to the weights over all levels,
+  // x being the middles of the codes' cells.
+  void fit() {
+    float code[kGroup];
+    codes(from, to, code);
+    double one = 0, x1 = 0, x2 = 0, w1 = 0, xw = 0;
+    for (int level = 0; level < shape_.levels; ++level) {
+      const int bits = shape_.bits[level], left = 8 - bits;
+      const double k = weight_of(bits);
+      for (int64_t i = 0; i < count_; ++i) {
+        const double h = k * h_[i], w = w_[i];
+        const double x = ((static_cast<int>(code[i]) >> left) + 0.5) * (1 << left);
+        one += h;
+        x1 += h * x;
+        x2 += h * x * x;
+        w1 += h * w;
+        xw += h * x * w;
+      }
+    }
+    const double determinant = one * x2 - x1 * x1;
+    if (!(determinant > 1e-9 * one * x2)) return;
+    const double step = (one * xw - x1 * w1) / determinant;
+    const double lower = (w1 - step * x1) / one;
+    attempt(static_cast<float>(lower), static_cast<float>(lower + 256.0 * step));
+  }
+
+  const float* w_;
+  const float* h_;
+  int64_t count_;
+  const Shape& shape_;
+  float low_ = 0.0f, high_ = 0.0f, best_ = 0.0f;
+};
+
 // Picks scales, mins and codes; returns the pair of the code's full 8 bits.
 Pair choose_codes(Block& b, const Shape& shape, int search) {
   double step[kSuperGroups] = {}, low[kSuperGroups] = {};
   const int64_t groups = ceil_div(b.count, kGroup);
   for (int64_t g = 0; g < groups; ++g) {
-    const int64_t begin = g * kGroup, end = std::min(b.count, begin + kGroup);
-    double lo = 0.0, hi = 0.0;
-    for (int64_t i = begin; i < end; ++i) {
-      lo = std::min<double>(lo, b.w[i]);
-      hi = std::max<double>(hi, b.w[i]);
-    }
-    double best = -1.0;
-    for (int s = 0; s < search; ++s) {
-      const double keep = 1.0 - 0.03 * s;
-      const double range = (hi - lo) * keep, from = lo * keep;
-      if (search == 1 || range <= 0.0) {
-        step[g] = range / 256.0;
-        low[g] = from;
-        break;
-      }
-      double cost = 0.0;
-      for (int level = 0; level < shape.levels; ++level) {
-        const int bits = shape.bits[level];
-        const double cell = range / (1 << bits), top = (1 << bits) - 1;
-        double sum = 0.0;
-        for (int64_t i = begin; i < end; ++i) {
-          const double u = std::clamp(std::floor((b.w[i] - from) / cell), 0.0, top);
-          const double e = from + (u + 0.5) * cell - b.w[i];
-          sum += e * e * b.h[i];
-        }
-        const double whole = (hi - lo) / (1 << bits);
-        cost += width_weight(bits) * sum / (whole * whole);
-      }
-      if (best < 0.0 || cost < best) {
-        best = cost;
-        step[g] = range / 256.0;
-        low[g] = from;
-      }
-    }
+    const int64_t begin = g * kGroup;
+    RangeSearch range(b.w + begin, b.h + begin, std::min(b.count - begin, kGroup), shape);
+    range.run(search);
+    step[g] = (static_cast<double>(range.to) - range.from) / 256.0;
+    low[g] = range.from;
   }
   const double largest_step = *std::max_element(step, step + kSuperGroups);
   const double largest_low = -*std::min_element(low, low + kSuperGroups);
@@ -200,6 +281,8 @@ Quantized quantize(const float* weights, int64_t stride, const Shape& shape,
         const int64_t groups = ceil_div(b.count, kGroup);
         for (int64_t row = 0; row < std::min(kTileRows, shape.rows - tile * kTileRows); ++row) {
           const float* w = weights + (tile * kTileRows + row) * stride + super * kSuper;
+          std::fill(b.w + b.count, b.w + kSuper, 0.0f);
+          std::fill(b.h + b.count, b.h + kSuper, 0.0f);
           for (int64_t i = 0; i < b.count; ++i) {
             b.w[i] = w[i] * inverse;
             b.h[i] = options.importance != nullptr ? options.importance[super * kSuper + i] : 1.0f;

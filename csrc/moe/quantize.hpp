@@ -18,7 +18,7 @@ namespace pyruntime::moe {
 struct Quantizing {
   const float* importance;  // [columns], not negative; nullptr: all equal
   float gain[kMaxLevels];
-  int32_t search;  // how many ranges to try per group, 1..16
+  int32_t search;  // places tried for each end of a group's range, 2..16; 1: the whole range
 };
 
 struct Quantized {

@@ -71,7 +71,8 @@ class NestedMatrix:
             Per level 0..1: how much of the gain that least squares takes is given back; 0 by
             default.
         search : int, default 1
-            Ranges tried per group of 32 weights, 1..16; 1 takes the whole range.
+            Places tried for each end of the range of a group of 32 weights, 1..16; 1 takes the
+            whole range.
 
         Raises
         ------

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from pyruntime.engine.calibrate import calibrate as measure
-from pyruntime.engine.quantize import compare_schemes, quantize
+from pyruntime.engine.quantize import SEARCH, compare_schemes, quantize
 
 __all__ = ["command"]
 
@@ -30,7 +30,9 @@ def command(
     compare: Annotated[
         bool, typer.Option(help="Also show the errors of a low base with binary planes.")
     ] = False,
-    search: Annotated[int, typer.Option(help="Ranges tried per group.", min=1, max=16)] = 1,
+    search: Annotated[
+        int, typer.Option(help="Places tried for each end of a group's range.", min=1, max=16)
+    ] = SEARCH,
 ) -> None:
     """Quantize a model; prints error by layer and width, and writes a plot beside the weights."""
     importance = None

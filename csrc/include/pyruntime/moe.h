@@ -97,9 +97,9 @@ PYRT_API pyrt_status pyrt_moe_writer_commit(pyrt_moe_writer* writer) PYRT_NOEXCE
 
 /* Quantize weights[rows, columns] (rows `stride` apart) into planes[levels], buffers of
  * pyrt_moe_plane_bytes each. importance[columns] weighs errors, or NULL; gain[levels] (0..1, or
- * NULL) gives back what least squares takes from a width's gain; `search` (1..16) is how many
- * ranges are tried per group. unit[1], error[levels], energy[1]. PYRT_EINVAL names the place of a
- * weight that is not finite. */
+ * NULL) gives back what least squares takes from a width's gain; `search` is how many places are
+ * tried for each end of a group's range, 2..16, or 1: the whole range. unit[1], error[levels],
+ * energy[1]. PYRT_EINVAL names the place of a weight that is not finite. */
 PYRT_API pyrt_status pyrt_moe_quantize(const float* weights, int64_t stride,
                                        const pyrt_moe_shape* shape, const float* importance,
                                        const float* gain, int32_t search, uint8_t* const* planes,
