@@ -11,12 +11,12 @@ from safetensors.numpy import save_file
 from pyruntime import LLM, errors
 from pyruntime.__main__ import main
 from pyruntime.engine.calibrate import calibrate
-from pyruntime.engine.loader import Checkpoint
+from pyruntime.engine.loader import DENSE, HEAD, Checkpoint
 from pyruntime.engine.quantize import LAYOUTS, compare_schemes, quantize
 from pyruntime.engine.runner import Engine
 from pyruntime.kv import ReferenceBlockPool
 from pyruntime.models import shipped
-from pyruntime.moe import schemes
+from pyruntime.moe import ExpertStore, schemes
 from tests.stepping import CASES, DATA, Bench, reference
 
 TEXT = (
@@ -245,3 +245,88 @@ def test_binary_planes_by_hand():
     np.testing.assert_allclose(planes[3], [[0.125, 3.125, 1.125, 1.875]])
     narrow = schemes.binary_planes(weights[:, :3], [2, 4], group=2)
     assert narrow[4].shape == (1, 3)
+
+
+def dense_errors(monkeypatch, model, text, tmp_path, bits):
+    """Squared output errors of dense matrices over a text, plain and calibrated, by matrix."""
+    from pyruntime.engine import calibrate as module
+
+    seen = {}
+
+    class Keeping(module._Watched):
+        def linear(self, x):
+            seen.setdefault(id(self), [self, []])[1].append(x.copy())
+            return super().linear(x)
+
+    monkeypatch.setattr(module, "_Watched", Keeping)
+    real, found = module._watch, {}
+    monkeypatch.setattr(module, "_watch", lambda *a: found.update(real(*a)) or found)
+    importance = calibrate(model, text, num_tokens=1200)
+    errors_of = []
+    for name, given in (("plain", None), ("calibrated", importance)):
+        out = tmp_path / f"{name}-{bits}"
+        quantize(model, out, layout="44", dense_bits=bits, importance=given)
+        store = ExpertStore(out / "experts.mxs")
+        errors_of.append({})
+        for key, watched in found.items():
+            matrix = store.read_dense(*key)
+            if matrix is None:
+                continue
+            x = np.concatenate(seen[id(watched)][1]).astype(np.float64)
+            off = x @ (watched.weight - matrix.dequantize()).T.astype(np.float64)
+            errors_of[-1][key] = np.square(off).sum()
+    return importance, *errors_of
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_calibration_weighs_dense_matrices_too(tmp_path, monkeypatch, bits):
+    text = tmp_path / "text"
+    text.write_text(TEXT)
+    importance, plain, calibrated = dense_errors(monkeypatch, shipped(), text, tmp_path, bits)
+    assert set(plain) == {(layer, number) for layer in range(4) for number in (0, 1)}
+    assert importance.of_dense(0, 0).shape == (256,) and importance.of_dense(0, HEAD) is None
+    assert all(calibrated[key] <= 1.01 * plain[key] for key in plain)
+    assert sum(calibrated.values()) < sum(plain.values())
+
+
+@pytest.mark.parametrize("case", ["qwen2moe", "qwen3moe_mixed"])
+def test_all_kinds_of_dense_matrices_are_measured(tmp_path, case):
+    from pyruntime.engine import calibrate as module
+
+    engine = Engine.load(DATA / case, 64, 4)
+    weights, config = engine.weights, engine.config
+    head = weights.head
+    bench = QuantizedBench.__new__(QuantizedBench)
+    bench.engine, bench.layers, bench.plans = engine, config.num_layers, 0
+    bench.pool = ReferenceBlockPool(64, 4, config.num_layers)
+    prompt = reference(case)["prompt"]
+    bench.add(0, prompt)
+    want = bench.prefill(0, return_logits=True).logits
+    bench.engine.remove(0)
+    bench.pool.free(0)
+    found = module._watch(weights, config.tied)
+    bench.add(1, prompt)
+    np.testing.assert_array_equal(bench.prefill(1, return_logits=True).logits, want)
+    importance = module.Importance()
+    norm = np.square(weights.norm, dtype=np.float64)
+    module._measured(importance, found, norm)
+    report = quantize(DATA / case, tmp_path / "q", dense_bits=4, importance=importance)
+    plain = quantize(DATA / case, tmp_path / "plain", dense_bits=4)
+    assert report.dense.keys() == plain.dense.keys()
+    store = ExpertStore(tmp_path / "q" / "experts.mxs")
+    kinds = set()
+    for (layer, number), watched in found.items():
+        kinds.add(number)
+        weighing = importance.of_dense(layer, number)
+        assert weighing.shape == (watched.weight.shape[1],) and weighing.max() > 0
+        assert watched.tokens == (1 if number == HEAD else len(prompt))
+        errors_of = []
+        for at in (store, ExpertStore(tmp_path / "plain" / "experts.mxs")):
+            off = watched.weight - at.read_dense(layer, number).dequantize()
+            errors_of.append((np.square(off, dtype=np.float64) * weighing).sum())
+        assert errors_of[0] <= errors_of[1] * 1.001
+    assert kinds == {*DENSE.values(), *(() if config.tied else (HEAD,))}
+    if not config.tied:
+        seen = found[0, HEAD].squares
+        np.testing.assert_allclose(importance.of_dense(0, HEAD), (seen + 16 * norm) / 17, rtol=1e-6)
+        assert found[0, HEAD].weight is head

@@ -420,6 +420,18 @@ pyrt_status pyrt_kv_unpin_blocks(pyrt_kv* pool, uint32_t group, const uint32_t* 
   });
 }
 
+pyrt_status pyrt_kv_take_blocks(pyrt_kv* pool, uint32_t group, uint32_t* blocks,
+                                size_t n) noexcept {
+  return capi::guard([&] {
+    capi::require(pool, "pool");
+    if (n > 0) capi::require_array(blocks, "blocks");
+    if (!pool->take_blocks(group, {blocks, n}, nullptr)) {
+      fail(PYRT_EFULL, "%zu blocks of group %u are wanted and %u are to be had", n, group,
+           pool->available(group));
+    }
+  });
+}
+
 pyrt_status pyrt_kv_events(pyrt_kv* pool, uint64_t since, pyrt_kv_event* out, size_t capacity,
                            size_t* n, uint64_t* next, uint64_t* lost) noexcept {
   return capi::guard([&] {

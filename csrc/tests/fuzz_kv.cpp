@@ -161,9 +161,11 @@ class Fuzzer {
         return in_.below(2) != 0 ? pyrt_kv_seq_park(pool_, pick())
                                  : pyrt_kv_seq_unpark(pool_, pick());
       case 10: {
-        const uint32_t block = in_.below(45), group = in_.below(3);
-        return in_.below(2) != 0 ? pyrt_kv_pin_blocks(pool_, group, &block, 1)
-                                 : pyrt_kv_unpin_blocks(pool_, group, &block, 1);
+        uint32_t block = in_.below(45);
+        const uint32_t group = in_.below(3), call = in_.below(3);
+        if (call == 0) return pyrt_kv_take_blocks(pool_, group, &block, 1);
+        return call == 1 ? pyrt_kv_pin_blocks(pool_, group, &block, 1)
+                         : pyrt_kv_unpin_blocks(pool_, group, &block, 1);
       }
       case 11:
         if (in_.below(8) == 0) return pyrt_kv_clear(pool_);

@@ -121,6 +121,7 @@ cdef extern from "pyruntime/kv.h" nogil:
     )
     pyrt_status pyrt_kv_pin_blocks(pyrt_kv*, uint32_t, const uint32_t*, size_t)
     pyrt_status pyrt_kv_unpin_blocks(pyrt_kv*, uint32_t, const uint32_t*, size_t)
+    pyrt_status pyrt_kv_take_blocks(pyrt_kv*, uint32_t, uint32_t*, size_t)
     pyrt_status pyrt_kv_events(
         pyrt_kv*, uint64_t, pyrt_kv_event*, size_t, size_t*, uint64_t*, uint64_t*
     )
@@ -579,6 +580,16 @@ cdef class Pool:
         take(view, blocks, 4, False, 1, False, "blocks")
         cdef pyrt_status status = pyrt_kv_unpin_blocks(
             self.pool, group, <const uint32_t*>view.buffer.buf, view.buffer.shape[0]
+        )
+        if status != PYRT_OK:
+            fail(status)
+
+    def take_blocks(self, uint32_t group, out):
+        """Take blocks out of the pool, as many as `out` has places."""
+        cdef View view = View()
+        take(view, out, 4, False, 1, True, "out")
+        cdef pyrt_status status = pyrt_kv_take_blocks(
+            self.pool, group, <uint32_t*>view.buffer.buf, view.buffer.shape[0]
         )
         if status != PYRT_OK:
             fail(status)

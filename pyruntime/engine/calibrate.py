@@ -1,4 +1,4 @@
-"""Mean squares of the experts' activations, found by running the engine over text."""
+"""Mean squares of what matrices are multiplied with, found by running the engine over text."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyruntime import ops
+from pyruntime.engine.loader import DENSE, HEAD, Weights
 from pyruntime.engine.sampling import SamplingParams
 from pyruntime.engine.text import Tokenizer
 from pyruntime.errors import InvalidArgumentError
@@ -23,9 +24,10 @@ _PRIOR = 16.0
 
 
 class Importance:
-    """Mean squares of what reaches gate and up (per layer) and down (per expert)."""
+    """Mean squares of what reaches gate and up (per layer), down (per expert), dense matrices."""
 
     def __init__(self) -> None:
+        self._dense: dict[tuple[int, int], Floats] = {}
         self._inputs: dict[int, Floats] = {}
         self._inner: dict[int, Floats] = {}
 
@@ -39,6 +41,64 @@ class Importance:
             return None
         row = self._inner[layer][expert] if matrix == 2 else self._inputs[layer]
         return np.ascontiguousarray(row, np.float32)
+
+    def set_dense(self, layer: int, number: int, inputs: Floats) -> None:
+        """Set those of a dense matrix's columns; `number` is its of `loader.DENSE`, or ``HEAD``."""
+        self._dense[layer, number] = np.ascontiguousarray(inputs, np.float32)
+
+    def of_dense(self, layer: int, number: int) -> Floats | None:
+        """Return those of a dense matrix's columns; None if nothing reached it."""
+        return self._dense.get((layer, number))
+
+
+class _Watched:
+    """A float matrix that also sums up the squares of what it is multiplied with."""
+
+    def __init__(self, weight: Floats) -> None:
+        self.weight = weight
+        self.nbytes = weight.nbytes
+        self.squares = np.zeros(weight.shape[1])
+        self.tokens = 0
+
+    def linear(self, x: Floats) -> Floats:
+        """As `NestedMatrix.linear`."""
+        self.squares += np.square(x, dtype=np.float64).sum(axis=0)
+        self.tokens += len(x)
+        return ops.linear(x, self.weight)
+
+
+def _watch(weights: Weights, tied: bool) -> dict[tuple[int, int], _Watched]:
+    """Put watched matrices in place of the dense ones; return them by layer and number."""
+    found: dict[tuple[int, int], _Watched] = {}
+
+    def watched(layer: int, number: int, weight: Any) -> Any:
+        found[layer, number] = _Watched(weight)
+        return found[layer, number]
+
+    if not tied:
+        weights.head = watched(0, HEAD, weights.head)
+    for layer, w in enumerate(weights.layers):
+        w.qkv = watched(layer, DENSE["qkv"], w.qkv)
+        w.out = watched(layer, DENSE["out"], w.out)
+        if w.dense is not None:
+            gate, up, down = (
+                watched(layer, DENSE[name], part)
+                for name, part in zip(("gate", "up", "down"), w.dense, strict=True)
+            )
+            w.dense = gate, up, down
+    return found
+
+
+def _measured(
+    importance: Importance, found: dict[tuple[int, int], _Watched], norm: NDArray[np.float64]
+) -> None:
+    """Set what watched matrices have seen; `norm` is the squared weight of the last norm."""
+    for (layer, number), matrix in found.items():
+        squares, seen = matrix.squares, float(matrix.tokens)
+        if number == HEAD:  # it sees one row of each window: its norm says what to expect
+            squares, seen = squares + _PRIOR * norm, seen + _PRIOR
+        if seen > 0:
+            importance.set_dense(layer, number, (squares / seen).astype(np.float32))
 
 
 class _Recorder(ReferenceExperts):
@@ -69,7 +129,7 @@ class _Recorder(ReferenceExperts):
 def calibrate(
     model: str | Path, text: str | Path, *, num_tokens: int = 8192, window: int = 512
 ) -> Importance:
-    """Run a float model over text and measure what its experts see.
+    """Run a float model over text and measure what its experts and dense matrices see.
 
     Parameters
     ----------
@@ -95,9 +155,12 @@ def calibrate(
         window = min(window, engine.config.max_len - 1)
         recorder = _Recorder(engine.weights.experts)
         engine.experts = engine._layers.experts = recorder
+        dense = _watch(engine.weights, engine.config.tied)
+        norm = np.square(engine.weights.norm, dtype=np.float64)
         parts = [tokens[i : i + window] for i in range(0, len(tokens), window)]
         llm.generate(parts, SamplingParams(), max_tokens=1, ignore_eos=True)
     importance = Importance()
+    _measured(importance, dense, norm)
     for layer, count in recorder.tokens.items():
         if count == 0:
             continue

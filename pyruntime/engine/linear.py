@@ -16,7 +16,7 @@ Matrix = Floats | NestedMatrix
 
 def apply(x: Floats, weight: Matrix, bias: Floats | None = None) -> Floats:
     """Return ``x @ weight.T + bias``; a row's bits depend on that row alone."""
-    if not isinstance(weight, NestedMatrix):
+    if isinstance(weight, np.ndarray):
         return ops.linear(x, weight, bias)
     out = weight.linear(x)
     if bias is not None:

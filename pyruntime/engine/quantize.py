@@ -69,7 +69,7 @@ class Report:
     error: list[list[list[float]]] = field(default_factory=list)
     energy: list[list[float]] = field(default_factory=list)
     dense: dict[str, float] = field(default_factory=dict)
-    """Relative squared error of the dense matrices, by name."""
+    """Relative squared error of the dense matrices, by name (weighted too if calibrated)."""
     calibrated: bool = False
 
     def bits_per_weight(self, level: int) -> float:
@@ -355,7 +355,8 @@ class _Task:
         whole = np.concatenate(
             [self.checkpoint.read(name, (rows, columns)) for name, rows in parts]
         )
-        matrix = self._nested(parts[0][0], whole, [self.dense_bits], None)
+        weighing = self.importance.of_dense(layer, number) if self.importance else None
+        matrix = self._nested(parts[0][0], whole, [self.dense_bits], weighing)
         writer.add_dense(layer, number, matrix)
         report.dense[parts[0][0]] = matrix.error[-1] / max(matrix.energy, 1e-300)
 

@@ -441,6 +441,23 @@ class BlockPool:
         """Undo `pin_blocks`, once per time a block was pinned."""
         self.native.unpin_blocks(group, np.ascontiguousarray(blocks, np.uint32))
 
+    def take_blocks(self, num_blocks: int, *, group: int = 0) -> npt.NDArray[np.uint32]:
+        """Take blocks out of the pool, evicting if need be; `unpin_blocks` gives them back.
+
+        Returns
+        -------
+        ndarray of uint32, shape (num_blocks,)
+            Their ids; the lowest first where nothing was handed out yet.
+
+        Raises
+        ------
+        pyruntime.errors.CapacityError
+            There are fewer; none was taken.
+        """
+        blocks = np.empty(num_blocks, np.uint32)
+        self.native.take_blocks(group, blocks)
+        return blocks
+
     def events(self, since: int, *, most: int = 65536) -> tuple[int, list[Event]]:
         """Return the number to go on with, and the events from number `since` on.
 

@@ -280,6 +280,12 @@ PYRT_API pyrt_status pyrt_kv_pin_blocks(pyrt_kv* pool, uint32_t group, const uin
 PYRT_API pyrt_status pyrt_kv_unpin_blocks(pyrt_kv* pool, uint32_t group, const uint32_t* blocks,
                                           size_t n) PYRT_NOEXCEPT;
 
+/* Takes `n` blocks out of the pool, the lowest ids first where nothing was handed out yet, evicting
+ * if need be; PYRT_EFULL, and nothing taken, if there are fewer. pyrt_kv_unpin_blocks gives them
+ * back: what has no memory yet is kept out like that. */
+PYRT_API pyrt_status pyrt_kv_take_blocks(pyrt_kv* pool, uint32_t group, uint32_t* blocks,
+                                         size_t n) PYRT_NOEXCEPT;
+
 enum { PYRT_KV_STORED = 1, PYRT_KV_REMOVED = 2, PYRT_KV_CLEARED = 3 };
 typedef struct pyrt_kv_event {
   uint32_t type;
