@@ -17,14 +17,23 @@ from pyruntime.engine.loader import Progress, Weights
 from pyruntime.engine.loop import EngineLoop
 from pyruntime.engine.memory import plan_memory
 from pyruntime.engine.messages import Delta, Submit, TokenLogprobs
-from pyruntime.engine.runner import Engine
+from pyruntime.engine.runner import Engine, kv_groups
 from pyruntime.engine.sampling import SamplingParams
 from pyruntime.engine.stored import STORE_NAME, content_hash
 from pyruntime.engine.text import StopStrings, Tokenizer
 from pyruntime.errors import CapacityError, Error, InternalError, InvalidArgumentError
-from pyruntime.kv import DiskCache, DiskTier, ServingPool, plan_prefixes
+from pyruntime.kv import (
+    BlockMemory,
+    BlockPool,
+    DiskCache,
+    DiskTier,
+    KvStorage,
+    ServingPool,
+    plan_prefixes,
+)
 from pyruntime.kv.disk_cache import QUEUE_BYTES
 from pyruntime.moe import ExpertCache, ExpertStore, Fixed, parse_policy
+from pyruntime.pool import Budget
 from pyruntime.sched import preset
 
 __all__ = ["BLOCK_SIZE", "LLM", "Completion", "make_loop"]
@@ -68,7 +77,8 @@ def make_loop(
         Width of a quantized model's experts; its widest by default.
     memory_budget : int, optional
         Bytes for everything the model uses (`pyruntime.engine.memory`): experts are then loaded as
-        tokens need them, and the KV cache gets a quarter at most. Needs a quantized model.
+        tokens need them, and the KV cache gets a quarter at most, at their cost as it fills. Needs
+        a quantized model.
     bit_policy : str, optional
         Widths of a quantized model's experts token by token (`pyruntime.moe.parse_policy`); instead
         of `bits`.
@@ -110,27 +120,41 @@ def make_loop(
             "`pyruntime quantize` first"
         )
 
+    storage = KvStorage.allocate(
+        kv_groups(config, BLOCK_SIZE),
+        num_blocks,
+        config.kv_heads,
+        config.head_dim,
+        small_pages=memory_budget is not None,
+    )
+    shared: Budget | None = None  # what the KV cache and the experts draw on
+
     def cache(store: ExpertStore, weights: Weights) -> ExpertCache:
-        memory, scratch = store.file_bytes, 64 << 20
+        nonlocal shared
+        memory, scratch, floor = store.file_bytes, 64 << 20, 1
         if memory_budget is not None:
+            other = hidden_budget + swap_bytes + (2 * QUEUE_BYTES if disk_cache is not None else 0)
+            arguments = memory_budget, config, weights.dense_bytes, other, num_blocks * block_bytes
             tokens = max(hidden_tokens, STEP_TOKENS) + max_running
-            plan = plan_memory(
-                memory_budget,
-                config,
-                weights.dense_bytes,
-                kv_bytes + swap_bytes + (2 * QUEUE_BYTES if disk_cache is not None else 0),
-                tokens,
-                max_running,
-            )
+            try:
+                least = ExpertCache.least_bytes(store, floor)
+                plan = plan_memory(*arguments, least, tokens, max_running)
+            except CapacityError:  # base planes of every layer: a wish
+                floor = 0
+                least = ExpertCache.least_bytes(store, floor)
+                plan = plan_memory(*arguments, least, tokens, max_running)
             logging.getLogger(__name__).info("memory budget: %s", plan)
-            memory, scratch = plan.experts, plan.scratch
+            memory, scratch = plan.shared, plan.scratch
+            shared = Budget(plan.shared)
         chosen_bits = parse_policy(bit_policy) if bit_policy else Fixed(bits)
         return ExpertCache(
             store,
             memory,
             policy=chosen_bits,
             deterministic=deterministic,
+            budget=shared,
             predict=predictor(config, weights),
+            floor=floor,
             scratch_bytes=scratch,
         )
 
@@ -141,6 +165,7 @@ def make_loop(
         progress,
         bits,
         cache if cached else None,
+        storage=storage,
         hidden_budget=hidden_budget,
     )
     disk = None
@@ -154,6 +179,13 @@ def make_loop(
             fingerprint=about.encode(),
         )
         disk = DiskCache(tier, engine.kv, BLOCK_SIZE)
+
+    def memory(blocks: BlockPool) -> BlockMemory:
+        assert shared is not None and isinstance(engine.experts, ExpertCache)
+        sizes = [block_bytes * len(g.layers) // config.num_layers for g in engine.kv.groups]
+        experts = engine.experts
+        return BlockMemory(blocks, shared, sizes, spare=experts.spare_bytes, settle=experts.drain)
+
     groups = engine.kv.groups
     pool = ServingPool(
         num_blocks,
@@ -163,6 +195,7 @@ def make_loop(
         swap_bytes * len(groups) // block_bytes,
         engine.kv,
         disk=disk,
+        memory=None if shared is None else memory,
     )
     return EngineLoop(engine, pool, chosen, max_running=max_running, max_queued=max_queued)
 

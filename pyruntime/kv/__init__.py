@@ -45,6 +45,7 @@ from pyruntime.kv.disk import DiskTier
 from pyruntime.kv.disk_cache import DiskCache
 from pyruntime.kv.events import EventLog, block_keys
 from pyruntime.kv.export import export_keys
+from pyruntime.kv.memory import BlockMemory
 from pyruntime.kv.planner import PrefixGroup, PrefixPlan, plan_prefixes
 from pyruntime.kv.prefix import ReferencePrefixPool
 from pyruntime.kv.records import Admission, Match, StepOutcome
@@ -57,6 +58,7 @@ from pyruntime.kv.tables import EnginePool, GroupTable, KvGroup, KvStorage, Step
 __all__ = [
     "Admission",
     "Batch",
+    "BlockMemory",
     "BlockPool",
     "DiskCache",
     "DiskTier",

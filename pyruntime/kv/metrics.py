@@ -19,6 +19,7 @@ class Family(NamedTuple):
 
 FAMILIES = {
     "blocks": Family("gauge", "KV blocks by group and state", ("group", "state")),
+    "memory_bytes": Family("gauge", "Bytes of a shared budget that KV blocks have"),
     "sequences": Family("gauge", "Open sequences, pins among them"),
     "promised_blocks": Family("gauge", "KV blocks that sequences were promised and do not hold"),
     "nodes": Family("gauge", "Blocks of content known"),
@@ -65,6 +66,7 @@ def flatten(stats: Mapping[str, Any]) -> dict[str, float]:
     64
     """
     flat: dict[str, float] = {
+        "memory_bytes": stats.get("memory_bytes", 0),
         "sequences": stats["open_seqs"],
         "promised_blocks": stats["promised"],
         "nodes": stats["nodes"],
@@ -104,6 +106,8 @@ def flatten(stats: Mapping[str, Any]) -> dict[str, float]:
     flat |= {f"swaps|{name}": count for name, count in bad.items()}
     for number, group in enumerate(stats["groups"]):
         states = {name: group[name] for name in ("free", "reserved", "cached")}
+        if "withheld" in group:
+            states["withheld"] = group["withheld"]
         states["held"] = group["num_blocks"] - sum(states.values())
         flat |= {f"blocks|{number}|{state}": count for state, count in states.items()}
     flat |= {f"evicted_blocks|{reason}": n for reason, n in stats["evicted"].items()}

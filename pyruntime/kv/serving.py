@@ -6,7 +6,7 @@ swapping to host memory, and prompts whose blocks are on disk.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from pyruntime.errors import CapacityError, InvalidArgumentError, NotFoundError, StateError
 from pyruntime.kv.block_pool import NO_COUNTS, NO_SEQS, BlockPool
 from pyruntime.kv.disk_cache import DiskCache
+from pyruntime.kv.memory import BlockMemory
 from pyruntime.kv.records import REASONS
 from pyruntime.kv.swap import HostTier
 from pyruntime.kv.tables import GroupTable, KvGroup, KvStorage, StepTables
@@ -65,6 +66,9 @@ class ServingPool:
         The host tier's bytes are reserved there.
     disk : DiskCache, optional
         Of the same storage: computed blocks are written there, and those of admitted prompts read.
+    memory : callable, optional
+        Makes, of the block pool, the `BlockMemory` that its blocks come from; by default they are
+        all there.
     **options
         Of `BlockPool`.
     """
@@ -81,6 +85,7 @@ class ServingPool:
         max_requests: int = 4096,
         host_budget: Budget | None = None,
         disk: DiskCache | None = None,
+        memory: Callable[[BlockPool], BlockMemory] | None = None,
         **options: Any,
     ) -> None:
         if min(num_blocks, block_size, num_layers) < 1:
@@ -100,6 +105,7 @@ class ServingPool:
             **options,
         )
         self._native = self.pool.native
+        self._memory = None if memory is None else memory(self.pool)
         self._host = (
             None
             if storage is None or not host_blocks
@@ -157,6 +163,7 @@ class ServingPool:
             np.array([known.seq], np.uint64),
             np.array([end * self.block_size], np.uint32),
         )
+        self._find_memory(NO_SEQS, seqs, counts)
         fitted, _, _ = self._native.step(NO_SEQS, (), seqs, counts, (), 0, rows)
         if not fitted:  # a lone request's blocks fit when the scheduler has admitted it
             return cached
@@ -266,6 +273,14 @@ class ServingPool:
 
     def dry_run(self, grow: Sequence[tuple[int, int]], free: Sequence[int] = ()) -> int:
         """Return the blocks left after such a step, negative for a deficit; changes nothing."""
+        return min(map(sum, zip(self._left(grow, free), self._obtainable(), strict=True)))
+
+    def _obtainable(self) -> list[int]:
+        """Blocks of each group that the pool does not have yet and could have."""
+        return [0] * len(self.groups) if self._memory is None else self._memory.obtainable()
+
+    def _left(self, grow: Sequence[tuple[int, int]], free: Sequence[int]) -> list[int]:
+        """Blocks of the pool's left after such a step, in each group."""
         seqs, counts, extra = [], [], [0] * len(self.groups)
         for request, tokens in grow:
             known = self._requests.get(request)
@@ -297,7 +312,23 @@ class ServingPool:
             DRY,
             None,
         )
-        return int(min(left - n for left, n in zip(result["left"], extra, strict=True)))
+        return [left - n for left, n in zip(result["left"], extra, strict=True)]
+
+    def _find_memory(self, frees: Any, seqs: Any, counts: Any) -> None:
+        """Open blocks for a step."""
+        if self._memory is not None and any(self._memory.withheld):
+            _, result, _ = self._native.step(frees, (), seqs, counts, (), DRY, None)
+            self._open(result["need"], result["left"])
+
+    def _open(self, need: Sequence[int], left: Sequence[int]) -> None:
+        """Open blocks where more are needed than free, and must be where fewer than none are left.
+
+        What is free includes nothing cached: content is evicted when there is no more memory.
+        """
+        if self._memory is not None:
+            free = [group["free"] for group in self.pool.stats()["groups"]]
+            wished = [max(0, n - f) for n, f in zip(need, free, strict=True)]
+            self._memory.open(wished, [max(0, -n) for n in left])
 
     # Steps
 
@@ -338,15 +369,11 @@ class ServingPool:
         wanted = [-(-tokens // self.block_size) for _, tokens in grow]
         width = max([1, *wanted, *(known.blocks for known in growing)])
         tables = [np.empty((len(grow), width), np.int32) for _ in self.groups]
-        fitted, result, _ = self._native.step(
-            np.array([requests[r].seq for r in frees], np.uint64) if frees else NO_SEQS,
-            (),
-            np.array([known.seq for known in growing], np.uint64),
-            np.array([tokens for _, tokens in grow], np.uint32),
-            (),
-            0,
-            tables,
-        )
+        leaving = np.array([requests[r].seq for r in frees], np.uint64) if frees else NO_SEQS
+        seqs = np.array([known.seq for known in growing], np.uint64)
+        counts = np.array([tokens for _, tokens in grow], np.uint32)
+        self._find_memory(leaving, seqs, counts)
+        fitted, result, _ = self._native.step(leaving, (), seqs, counts, (), 0, tables)
         if not fitted:
             lacking = -min(result["left"])
             raise CapacityError(f"the step lacks {lacking} KV blocks; preempt or finish a request")
@@ -409,11 +436,21 @@ class ServingPool:
             self._out(known, self._host)
         self._host.finish()  # before anybody gets the blocks
         returning = [self._requests[request] for request in dict.fromkeys(swap_in)]
+        self._room_for(returning)
         for known in returning:
             self._back(known, self._host)
         self._host.finish()
         for known in returning:
             self._keep_shadow(known)
+
+    def _room_for(self, returning: Sequence[_Request]) -> None:
+        """Open blocks for what is swapped in, or refuse the step before it is."""
+        swapped = [known.swapped for known in returning if known.swapped is not None]
+        need = [sum(len(places[g]) for places in swapped) for g in range(len(self.groups))]
+        self._open(need, [self._native.available(g) - n for g, n in enumerate(need)])
+        lacking = max(n - self._native.available(g) for g, n in enumerate(need))
+        if lacking > 0:
+            raise CapacityError(f"the step lacks {lacking} KV blocks; there is no memory for them")
 
     def _make_room(self, going: Sequence[_Request]) -> None:
         """Drop the oldest shadows until the host has room for what is to be copied there."""
@@ -498,7 +535,7 @@ class ServingPool:
     @property
     def num_free(self) -> int:
         """Blocks that are free or could be at once, in the group that has least."""
-        return min(self._native.available(g) for g in range(len(self.groups)))
+        return min(n + self._native.available(g) for g, n in enumerate(self._obtainable()))
 
     @property
     def promised(self) -> int:
@@ -519,8 +556,13 @@ class ServingPool:
         """Return the pool's counters and gauges, ``swapped`` blocks, and those of other tiers."""
         swaps = {} if self._host is None else self._host.stats()
         disk = {} if self._disk is None else self._disk.stats()
+        found = self.pool.stats()
+        if self._memory is not None:
+            found["memory_bytes"] = self._memory.reserved_bytes
+            for group, withheld in zip(found["groups"], self._memory.withheld, strict=True):
+                group["withheld"] = withheld
         return {
-            **self.pool.stats(),
+            **found,
             "swapped": self._num_swapped,
             "swap_clean": self._num_clean,
             **{f"swap_{name}": value for name, value in swaps.items()},

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -101,14 +104,24 @@ class KvStorage:
 
     @classmethod
     def allocate(
-        cls, groups: Sequence[KvGroup], num_blocks: int, kv_heads: int, head_dim: int
+        cls,
+        groups: Sequence[KvGroup],
+        num_blocks: int,
+        kv_heads: int,
+        head_dim: int,
+        *,
+        small_pages: bool = False,
     ) -> KvStorage:
-        """Make zeroed arrays of `num_blocks` blocks per group; pages appear as they are written."""
+        """Make zeroed arrays of `num_blocks` blocks per group; pages appear as they are written.
+
+        With `small_pages` huge ones are refused, so that memory grows with the blocks written: a
+        huge page in each layer's keys and values would hold many more.
+        """
         keys: dict[int, Floats] = {}
         values: dict[int, Floats] = {}
         for group in groups:
             shape = (len(group.layers), 2, num_blocks, group.block_size, kv_heads, head_dim)
-            whole = np.zeros(shape, np.float32)
+            whole = _small_pages(shape) if small_pages else np.zeros(shape, np.float32)
             for index, layer in enumerate(group.layers):
                 keys[layer], values[layer] = whole[index]
         order = sorted(keys)
@@ -135,6 +148,13 @@ class KvStorage:
         for layer in self.groups[group].layers:
             for part in (self.keys[layer], self.values[layer]):
                 part[to_block, to_at] = part[from_block, from_at]
+
+
+def _small_pages(shape: tuple[int, ...]) -> Floats:
+    memory = mmap.mmap(-1, math.prod(shape) * 4, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(AttributeError, OSError):  # kernels without huge pages
+        memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return np.frombuffer(memory, np.float32).reshape(shape)
 
 
 class EnginePool(Protocol):

@@ -16,7 +16,7 @@ from pyruntime._ext import _native
 from pyruntime.errors import ClosedError, InvalidArgumentError
 from pyruntime.moe.policy import BitPolicy, Fixed
 from pyruntime.moe.store import ExpertStore
-from pyruntime.pool import Budget
+from pyruntime.pool import UNIT_BYTES, Budget
 
 __all__ = ["DEGRADED", "FAILED", "ORDERS", "ExpertCache", "makespan", "plan_loads"]
 
@@ -31,6 +31,8 @@ ORDERS: dict[str, int] = {"hebf": 0, "johnson": 1, "id": 2}
 Predict = Callable[[int, Floats], Ints]
 """(layer, x) -> experts of that layer that tokens like `x` are likely to choose."""
 
+_PAGE = 4096
+"""Planes are padded to it, as on disk."""
 _PREDICTED_TOKENS = 16
 """Of more tokens together nearly every expert is needed: there is nothing to predict."""
 
@@ -117,6 +119,7 @@ class ExpertCache:
             not deterministic,
         )
         widest = self.policy.level if isinstance(self.policy, Fixed) else store.levels - 1
+        self._least_bytes = self.least_bytes(store, floor)
         self._expert_bytes = sum(
             store.extent(store.layers[0], 0, level).bytes for level in range(widest + 1)
         )
@@ -125,6 +128,19 @@ class ExpertCache:
         if self._core is None:
             raise ClosedError("the expert cache is closed")
         return self._core
+
+    @staticmethod
+    def least_bytes(store: ExpertStore, floor: int = 1) -> int:
+        """Return what a cache with a budget keeps of it: an expert at its widest, or its floors."""
+        first = store.layers[0]
+        planes = [store.extent(first, 0, level).bytes for level in range(store.levels)]
+        padded = [-(-plane // _PAGE) * _PAGE for plane in planes]
+        least = max(sum(padded), len(store.layers) * floor * padded[0])
+        return -(-least // UNIT_BYTES) * UNIT_BYTES
+
+    def spare_bytes(self) -> int:
+        """Return the bytes that the cache would give back to the budget if nothing were loading."""
+        return max(0, int(self.stats()["capacity_bytes"]) - self._least_bytes)
 
     def begin_step(self, plan: Any) -> None:
         """Nothing depends on the step: each layer's call orders its own loads."""
