@@ -15,6 +15,7 @@ from pyruntime.engine.quantize import quantize
 from pyruntime.kv import BlockMemory, BlockPool, KvGroup, KvStorage, ServingPool
 from pyruntime.models import shipped
 from pyruntime.pool import UNIT_BYTES, Budget
+from tests.stepping import DATA
 
 MIB = 1 << 20
 KV = 4 * MIB
@@ -337,3 +338,18 @@ def test_resident_memory_stays_within_the_budget(directory):
     peak, kv, failed = map(int, done.stdout.split())
     assert failed == 0 and kv == 16 * MIB
     assert peak <= 1.05 * budget
+
+
+@pytest.mark.parametrize("case", ["mixtral_window", "qwen2moe"])
+def test_windows_and_dense_layers_share_too(tmp_path, case):
+    quantize(DATA / case, tmp_path / "q", layout="422")
+    given = [
+        Submit(f"r{i}", each, max_tokens=8, ignore_eos=True)
+        for i, each in enumerate(prompts(90, 6, 60))
+    ]
+    want = drive(make_loop(tmp_path / "q", kv_bytes=MIB), given)
+    loop = make_loop(tmp_path / "q", kv_bytes=MIB, max_running=2, memory_budget=64 * MIB)
+    assert drive(loop, given) == want
+    assert loop.pool._memory.reserved_bytes >= UNIT_BYTES
+    loop.pool.check()
+    loop.engine.experts.verify()
