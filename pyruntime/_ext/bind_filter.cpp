@@ -93,6 +93,14 @@ class FilterDevice {
     return py::make_tuple(device_.words_bytes, device_.num_segments * sizeof(uint32_t),
                           3 * sizeof(uint64_t));
   }
+  py::dict layout() const {
+    using namespace py::literals;
+    return py::dict("bits"_a = device_.bits, "slots"_a = device_.slots,
+                    "threshold"_a = device_.threshold, "buckets"_a = device_.buckets,
+                    "num_segments"_a = device_.num_segments, "seed"_a = device_.seed,
+                    "words"_a = device_.words, "epochs"_a = device_.epochs,
+                    "counters"_a = device_.counters);
+  }
   void place(uintptr_t words, uintptr_t epochs, uintptr_t counters) {
     device_.words = words;
     device_.epochs = epochs;
@@ -290,6 +298,7 @@ class Filter {
     });
     return py::make_tuple(2, keys);
   }
+  uintptr_t address() const { return reinterpret_cast<uintptr_t>(filter_); }
   FilterDevice device() const { return FilterDevice(filter_); }
   void read_words(Array<uint8_t>& out) const {
     uint8_t* to = out.mutable_data();
@@ -303,6 +312,11 @@ class Filter {
   }
   void grow(uint32_t seen) {
     call([&] { return pyrt_filter_grow(filter_, seen); });
+  }
+  uint32_t compact() {
+    uint32_t dropped = 0;
+    call([&] { return pyrt_filter_compact(filter_, &dropped); });
+    return dropped;
   }
   void clear() {
     call([&] { return pyrt_filter_clear(filter_); });
@@ -372,6 +386,7 @@ void bind_filter(py::module_& m) {
   const auto nc = [](const char* name) { return py::arg(name).noconvert(); };
   py::class_<FilterDevice>(m, "FilterDevice")
       .def("sizes", &FilterDevice::sizes)
+      .def("layout", &FilterDevice::layout)
       .def("place", &FilterDevice::place, py::arg("words"), py::arg("epochs"), py::arg("counters"))
       .def("insert", &FilterDevice::insert, py::arg("keys"), py::arg("n"), py::arg("status"),
            py::arg("scratch"), py::arg("stream"))
@@ -393,10 +408,12 @@ void bind_filter(py::module_& m) {
       .def("hash_fixed", &Filter::hash_fixed, py::arg("strings"))
       .def("hash_arrow", &Filter::hash_arrow, py::arg("schema"), py::arg("array"))
       .def("hash_strings", &Filter::hash_strings, py::arg("data"), nc("offsets"))
+      .def_property_readonly("address", &Filter::address)
       .def("device", &Filter::device)
       .def("read_words", &Filter::read_words, nc("out"))
       .def("write_words", &Filter::write_words, nc("words"))
       .def("grow", &Filter::grow, py::arg("seen"))
+      .def("compact", &Filter::compact)
       .def("clear", &Filter::clear)
       .def("verify", &Filter::verify)
       .def("info", &Filter::info)
