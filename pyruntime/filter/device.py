@@ -87,6 +87,14 @@ class DeviceFilter:
         made.core.write_words(self._cupy.asnumpy(self._words))
         return made
 
+    def layout(self) -> dict[str, int]:
+        """Give shape, seed, and addresses on the device: fields of ``pyrt_filter_device``."""
+        return self._core.layout()
+
+    def arrays(self) -> tuple[Any, Any]:
+        """Give words (uint64) and epochs (uint32) as cupy arrays over this filter's own memory."""
+        return self._words.view(self._cupy.uint64), self._epochs.view(self._cupy.uint32)
+
     def _keys(self, keys: Any, stream: Any) -> tuple[int, int, int]:
         handle = gpu.stream_handle(stream)
         array = gpu.describe(keys, "keys", ndim=1)
