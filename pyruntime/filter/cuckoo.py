@@ -80,7 +80,8 @@ class CuckooFilter:
     -----
     Keys are integers (arrays of int64, uint64, int32, uint32, or Python ints) or strings and bytes
     (lists, numpy ``S`` and ``U`` arrays; text counts as its UTF-8), not both in one filter. Arrow
-    arrays of either are read through ``__arrow_c_array__``. Arrays that are contiguous 64-bit
+    arrays of either, chunked or not, are read through ``__arrow_c_array__`` or
+    ``__arrow_c_stream__`` (pyarrow, polars). Arrays that are contiguous 64-bit
     integers are not copied. Signed keys count modulo 2**64.
 
     A filter grows by generations, each twice as large as the one before; no key that is in is
