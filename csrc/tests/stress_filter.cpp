@@ -83,7 +83,7 @@ TEST(FilterStress, GrowingAndCompactingLoseNothingAndAreNotKeptOut) {
   for (int i = 0; i < 400; ++i) fixed.push_back(random());
   ASSERT_EQ(filter.insert(fixed.data(), fixed.size(), nullptr, false), fixed.size());
   std::atomic<bool> stop{false};
-  std::atomic<uint64_t> misses{0}, lost{0}, kept{0}, compacted{0};
+  std::atomic<uint64_t> misses{0}, lost{0}, kept{0};
   std::vector<std::thread> threads;
   for (uint64_t id = 0; id < 2; ++id) {
     threads.emplace_back([&, id] {
@@ -109,7 +109,7 @@ TEST(FilterStress, GrowingAndCompactingLoseNothingAndAreNotKeptOut) {
         const size_t gone = present.size() - left;
         if (filter.remove(present.data() + left, gone, nullptr) != gone) ++lost;
         present.resize(left);
-        if (ebb) compacted += filter.compact();
+        if (ebb) filter.compact();
         std::vector<uint8_t> out(left);
         if (filter.contains(present.data(), left, out.data()) != left) ++misses;
       }
@@ -128,12 +128,12 @@ TEST(FilterStress, GrowingAndCompactingLoseNothingAndAreNotKeptOut) {
   threads[1].join();
   // Readers that follow each other without a gap do not hold it up.
   for (uint32_t i = filter.info().generations; i < 7; ++i) filter.grow(i);
+  EXPECT_EQ(filter.info().generations, 7u);
+  EXPECT_GE(filter.compact(), 3u);
   stop = true;
   for (size_t i = 2; i < threads.size(); ++i) threads[i].join();
   EXPECT_EQ(misses, 0u);
   EXPECT_EQ(lost, 0u);
-  EXPECT_GT(compacted, 0u);
-  EXPECT_EQ(filter.info().generations, 7u);
   filter.check();
   EXPECT_EQ(filter.info().occupied, fixed.size() + kept);
 }
