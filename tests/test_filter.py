@@ -47,6 +47,13 @@ class FilterModel(RuleBasedStateMachine):
             self.filter.grow()
 
     @rule()
+    def compact(self):
+        before, nbytes = self.filter.num_generations, self.filter.nbytes
+        dropped = self.filter.compact()
+        assert self.filter.num_generations == before - dropped >= 1
+        assert (self.filter.nbytes < nbytes) == (dropped > 0)
+
+    @rule()
     def save_and_load(self):
         again = pickle.loads(pickle.dumps(self.filter))
         assert again.to_bytes() == self.filter.to_bytes()
@@ -127,6 +134,27 @@ def test_growing_takes_all_keys_and_keeps_them():
         one.verify()
     filter.clear()
     assert filter.num_generations == 1 and filter.capacity == 1000
+
+
+def test_compacting_gives_generations_back():
+    filter = CuckooFilter(1000, seed=8, on_full="grow")
+    keys = np.arange(50_000)
+    filter.insert(keys)
+    grown = filter.num_generations
+    assert filter.compact() == 0 and filter.num_generations == grown == 6
+    filter.delete(keys[5000:])
+    assert filter.compact() == 3 and filter.num_generations == 3
+    assert filter.contains(keys[:5000]).all() and len(filter) == 5000 <= filter.capacity
+    again = pickle.loads(pickle.dumps(filter))
+    for one in (filter, again):
+        one.insert(keys[40_000:])
+        assert one.contains(keys[:5000]).all() and one.contains(keys[40_000:]).all()
+        one.delete(keys[100:5000], must_exist=True)
+        one.delete(keys[40_000:], must_exist=True)
+        one.compact()
+        assert one.num_generations == 1 and one.capacity == 1000
+        assert one.contains(keys[:100]).all() and len(one) == 100
+        one.verify()
 
 
 def test_threads_that_find_it_full_together_grow_it_once():
@@ -236,6 +264,7 @@ def test_mapped_files(tmp_path, capacity):
             lambda: mapped.delete([1]),  # noqa: B023
             mapped.clear,
             mapped.grow,
+            mapped.compact,
         ):
             with pytest.raises(errors.StateError, match="mapped"):
                 write()

@@ -15,7 +15,19 @@ from pyruntime.filter import (
     FilterFullError,
 )
 
-WORDS = ["", "a", "word", "ü", "längeres Wort", "日本語", "😀 end", "x" * 300, "a\tb"]
+WORDS = [
+    "",
+    "a",
+    "word",
+    "ü",
+    "längeres Wort",
+    "日本語",
+    "😀 end",
+    "x" * 300,
+    "a\tb",
+    "twelve bytes",
+    "13 bytes long",
+]
 
 
 class Schema(ctypes.Structure):
@@ -84,6 +96,187 @@ def arrow_strings(words, format="u", **options):
     start = options.get("offset", 0)
     buffers = [None, offsets.tobytes(), b"".join(raw) or b"\0"]
     return Arrow(format, buffers, len(words) - start, **options)
+
+
+def arrow_views(words, format="vu", *, sizes=None, views=None, **options):
+    """Strings of up to 12 bytes within their view, the others in one of two buffers."""
+    data, entries = [bytearray(), bytearray()], bytearray()
+    for i, word in enumerate(word.encode() for word in words):
+        entries += np.int32(len(word)).tobytes()
+        if len(word) <= 12:
+            entries += word.ljust(12, b"\0")
+        else:
+            place = np.array([i % 2, len(data[i % 2])], np.int32)
+            entries += word[:4] + place.tobytes()
+            data[i % 2] += word
+    sizes = np.array([len(some) for some in data], np.int64) if sizes is None else sizes
+    buffers = [
+        None,
+        bytes(entries) or None,
+        *(bytes(some) or b"\0" for some in data),
+        sizes.tobytes(),
+    ]
+    if views is not None:
+        buffers[1] = views
+    return Arrow(format, buffers, len(words) - options.get("offset", 0), **options)
+
+
+def view_of(length, buffer, offset):
+    return np.array([length, 0, buffer, offset], np.int32).tobytes()
+
+
+class Stream:
+    """A producer of chunks; `fails_at` is the call that gives an error, 0 that for the schema."""
+
+    class Struct(ctypes.Structure):
+        _fields_ = [(f"call{i}", ctypes.c_void_p) for i in range(4)] + [("data", ctypes.c_void_p)]
+
+    def __init__(self, chunks, *, format=None, fails_at=None, reason=b"no more", lacks=None):
+        self.chunks, self.released, self.calls = list(chunks), 0, 0
+        self.release = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(self.count_release)
+        release = ctypes.cast(self.release, ctypes.c_void_p).value
+
+        def give(out, struct):
+            self.calls += 1
+            if self.calls - 1 == fails_at:
+                return 5
+            if struct is not None:
+                ctypes.memmove(out, ctypes.addressof(struct), ctypes.sizeof(struct))
+                type(struct).from_address(out).release = release
+            return 0
+
+        def get_schema(_, out):
+            return give(out, self.schema)
+
+        def get_next(_, out):
+            at = self.calls - 1
+            return give(out, self.chunks[at].array if at < len(self.chunks) else None)
+
+        get = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
+        error = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)
+        self.reason = ctypes.create_string_buffer(reason) if reason else None
+        self.keep = [
+            get(get_schema),
+            get(get_next),
+            error(lambda _: self.reason and ctypes.addressof(self.reason)),
+            self.release,
+        ]
+        form = Schema(format=format.encode()) if format else None
+        self.schema = form or (self.chunks[0].schema if self.chunks else None)
+        pointers = [ctypes.cast(call, ctypes.c_void_p) for call in self.keep]
+        if lacks is not None:
+            pointers[lacks] = None
+        self.struct = self.Struct(*pointers)
+
+    def count_release(self, struct):
+        self.released += 1
+        Array.from_address(struct).release = None
+
+    def __arrow_c_stream__(self, requested_schema=None):
+        self.calls = 0
+        return capsule(self.struct, b"arrow_array_stream")
+
+
+def integers(values, format="l", dtype=np.int64):
+    return Arrow(format, [None, np.asarray(values, dtype).tobytes() or None], len(values))
+
+
+def test_arrow_views_and_streams():
+    words = WORDS * 4000
+    filter = CuckooFilter(1000, seed=1)
+    filter.insert(WORDS)
+    for format in ("vu", "vz"):
+        np.testing.assert_array_equal(filter.count(arrow_views(words, format)), filter.count(words))
+    assert filter.contains(arrow_views(WORDS, offset=3)).tolist() == [True] * len(WORDS[3:])
+    absent = [word + "!" for word in words]
+    wanted = filter.contains(absent)
+    np.testing.assert_array_equal(filter.contains(arrow_views(absent)), wanted)
+    for make in (arrow_strings, arrow_views):
+        stream = Stream([make(absent[:7]), make([]), make(absent[7:])])
+        np.testing.assert_array_equal(filter.contains(stream), wanted)
+        assert stream.released == 4  # the schema and three arrays
+    assert filter.contains(Stream([arrow_strings(WORDS)])).all()
+    assert filter.contains(Stream([], format="u")).tolist() == []
+    assert filter.contains(Stream([], format="l")).tolist() == []
+    numbers = CuckooFilter(1000, seed=1)
+    assert numbers.insert(Stream([integers([1, -2]), integers([3])])) == 3
+    assert numbers.contains([1, -2, 3]).all() and numbers.kind == "integer"
+    for format, dtype in zip("cCsS", "bBhH", strict=True):
+        some = integers([1, 3], format, dtype)
+        assert numbers.contains(some).all()
+    assert numbers.contains(integers([-2], "c", "b")).all()
+
+
+class Broken:
+    def __init__(self, name, give):
+        setattr(self, name, lambda requested_schema=None: give)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        arrow_views(["a"], views=view_of(-1, 0, 0)),
+        arrow_views(["x" * 20] * 2, views=view_of(20, 2, 0) * 2),
+        arrow_views(["x" * 20] * 2, views=view_of(20, -1, 0) * 2),
+        arrow_views(["x" * 20] * 2, views=view_of(20, 0, 1) * 2),
+        arrow_views(["x" * 20] * 2, views=view_of(20, 0, -1) * 2),
+        arrow_views(["x" * 20] * 2, views=view_of(2**31 - 1, 0, 2**31 - 1) * 2),
+        arrow_views(["x" * 20] * 2, sizes=np.array([-1, -(2**63)])),
+        Arrow("vu", [None, view_of(20, 0, 0), b"x" * 20], 1),
+        Arrow("vu", [None, view_of(20, 0, 0), b"x" * 20, None], 1),
+        Arrow("vu", [None, view_of(20, 0, 0), None, np.array([20]).tobytes()], 1),
+        Arrow("vu", [None, None, np.array([20]).tobytes()], 1),
+        Arrow("l", [None, bytes(8)], 1, offset=2**62),
+        Arrow("l", [None, bytes(8)], 2**62),
+        Arrow("+s", [None], 1),
+        Arrow("l", [], 1),
+        Broken("__arrow_c_array__", None),
+        Broken("__arrow_c_array__", (1, 2)),
+        Broken("__arrow_c_array__", 2 * (capsule(Schema(), b"another"),)),
+        Broken("__arrow_c_stream__", None),
+        Broken("__arrow_c_stream__", capsule(Schema(), b"arrow_schema")),
+        Stream([integers([1])], lacks=0),
+        Stream([integers([1])], lacks=1),
+        Stream([integers([1])], lacks=3),
+        Stream([], format=None),
+        Stream([integers([1])], format="+s"),
+        Stream([integers([1]), Arrow("l", [None, None], 3)]),
+        Stream([integers([1]), Arrow("l", [b"\x05", bytes(24)], 3, null_count=-1)]),
+    ],
+)
+def test_malformed_arrow_producers_are_refused(keys):
+    filter = CuckooFilter(10)
+    for call in (filter.insert, filter.contains):
+        with pytest.raises(errors.InvalidArgumentError):
+            call(keys)
+    assert len(filter) == 0 and filter.kind == ""
+
+
+@pytest.mark.parametrize("fails_at", [0, 1, 2])
+def test_a_stream_that_fails_says_why(fails_at):
+    filter = CuckooFilter(10)
+    for reason, wanted in ((b"the disk is gone", "disk is gone"), (None, "Input/output")):
+        stream = Stream([integers([1]), integers([2])], fails_at=fails_at, reason=reason)
+        with pytest.raises(errors.InvalidArgumentError, match=wanted):
+            filter.insert(stream)
+        assert stream.released == fails_at  # what it gave before
+    stream = Stream([integers([1])], fails_at=1, lacks=2)
+    with pytest.raises(errors.InvalidArgumentError, match="Input/output"):
+        filter.insert(stream)
+    assert len(filter) == 0
+
+
+def test_polars_series():
+    pl = pytest.importorskip("polars")
+    filter = CuckooFilter(1000, seed=1)
+    assert filter.insert(pl.Series(WORDS)) == len(WORDS)
+    chunked = pl.concat([pl.Series(WORDS), pl.Series(["no", "more"])], rechunk=False)
+    np.testing.assert_array_equal(filter.contains(chunked), filter.contains([*WORDS, "no", "more"]))
+    numbers = CuckooFilter(1000, seed=1)
+    numbers.insert(pl.Series([1, 2, 3]))
+    assert numbers.contains(np.arange(1, 4)).all()
+    with pytest.raises(errors.InvalidArgumentError, match="nulls"):
+        filter.contains(pl.Series(["a", None]))
 
 
 def test_every_form_of_a_string_is_the_same_key():
@@ -161,6 +354,9 @@ def test_pyarrow_arrays():
     assert filter.insert(pa.array(WORDS)) == len(WORDS)
     assert filter.contains(pa.array(WORDS, pa.large_string()).slice(2)).all()
     assert filter.contains(WORDS).all()
+    assert filter.contains(pa.chunked_array([WORDS[:3], WORDS[3:]])).all()
+    assert filter.contains(pa.array(WORDS, pa.string_view()).slice(2)).all()
+    assert filter.contains(pa.chunked_array([WORDS], pa.large_string())).all()
     with pytest.raises(errors.InvalidArgumentError, match="nulls"):
         filter.contains(pa.array(["a", None]))
 

@@ -3,8 +3,7 @@
 // Compiles under g++ and nvcc: no standard containers, no exceptions.
 #pragma once
 
-#include <cstddef>
-#include <cstdint>
+#include "base/integers.hpp"
 
 #if defined(__CUDACC__)
 #define PYRT_HASH_FN __host__ __device__ __forceinline__

@@ -105,6 +105,33 @@ pyrt_status pyrt_filter_remove(pyrt_filter* handle, const uint64_t* keys, uint64
   });
 }
 
+int32_t pyrt_filter_contains1(const pyrt_filter* handle, uint64_t key) noexcept {
+  uint8_t found = 0;
+  const pyrt_status status = guard([&] {
+    require(handle, "filter");
+    of(handle)->contains(&key, 1, &found);
+  });
+  return status == PYRT_OK ? found : status;
+}
+
+int32_t pyrt_filter_insert1(pyrt_filter* handle, uint64_t key) noexcept {
+  uint8_t result = 0;
+  const pyrt_status status = guard([&] {
+    require(handle, "filter");
+    of(handle)->insert(&key, 1, &result, false);
+  });
+  return status == PYRT_OK ? result : status;
+}
+
+int32_t pyrt_filter_remove1(pyrt_filter* handle, uint64_t key) noexcept {
+  uint8_t result = 0;
+  const pyrt_status status = guard([&] {
+    require(handle, "filter");
+    of(handle)->remove(&key, 1, &result);
+  });
+  return status == PYRT_OK ? result : status;
+}
+
 pyrt_status pyrt_filter_hash_strings(const pyrt_filter* handle, const char* data,
                                      uint64_t data_bytes, const int64_t* offsets, uint64_t n,
                                      uint64_t* keys) noexcept {
@@ -129,6 +156,14 @@ pyrt_status pyrt_filter_grow(pyrt_filter* handle, uint32_t seen) noexcept {
   return guard([&] {
     require(handle, "filter");
     of(handle)->grow(seen);
+  });
+}
+
+pyrt_status pyrt_filter_compact(pyrt_filter* handle, uint32_t* dropped) noexcept {
+  return guard([&] {
+    require(handle, "filter");
+    const uint32_t num = of(handle)->compact();
+    if (dropped != nullptr) *dropped = num;
   });
 }
 

@@ -144,6 +144,9 @@ class Filter {
   // Adds a generation, unless there are more than `seen` by now (0: in any case). Throws
   // PYRT_ENOMEM, and PYRT_EFULL at the limit of segments.
   void grow(uint32_t seen);
+  // Takes generations away, the newest first, as long as what is in one fits into the older ones
+  // (compact.cpp); returns how many. Throws PYRT_ENOMEM, and PYRT_ECORRUPT as `check`.
+  uint32_t compact();
   // Adds what is in another filter of the same geometry and seed: what it holds of a key, bucket
   // and fingerprint, is enough. A copy goes to the same generation or an older one, because its
   // place in a younger one is not known. Throws PYRT_EINVAL; PYRT_EFULL, PYRT_ENOMEM and is as

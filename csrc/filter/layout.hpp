@@ -20,10 +20,8 @@
 // exclusive or it needs no power of two, so a table is as large as its capacity asks and not more.
 #pragma once
 
-#include <cstddef>
-#include <cstdint>
-
 #include "base/hash.hpp"
+#include "base/integers.hpp"
 
 namespace pyruntime::filter {
 

@@ -80,6 +80,12 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     if (pyrt_filter_insert(filter, keys, 64, 0, nullptr, nullptr) != PYRT_OK) std::abort();
     if (pyrt_filter_remove(filter, keys, 64, nullptr, nullptr) != PYRT_OK) std::abort();
     if (pyrt_filter_check(filter) != PYRT_OK) std::abort();
+    if (pyrt_filter_contains(filter, keys, 64, out, &present) != PYRT_OK) std::abort();
+    uint64_t still = 0;
+    uint32_t dropped = 0;
+    if (pyrt_filter_compact(filter, &dropped) != PYRT_OK) std::abort();
+    if (pyrt_filter_contains(filter, keys, 64, out, &still) != PYRT_OK) std::abort();
+    if (still < present || pyrt_filter_check(filter) != PYRT_OK) std::abort();
   }
   pyrt_filter_destroy(filter);
   return 0;

@@ -196,6 +196,14 @@ std::vector<Row> rows(State& s) {
 std::vector<Row> map_rows(State& s) {
   const char* open = "pyrt_filter_open_map";
   return {
+      {"pyrt_filter_contains1", "null", [] { return pyrt_filter_contains1(nullptr, 1); }},
+      {"pyrt_filter_contains1", "absent", [&] { return pyrt_filter_contains1(s.filter, ~0ull); },
+       PYRT_OK},
+      {"pyrt_filter_insert1", "null", [] { return pyrt_filter_insert1(nullptr, 1); }},
+      {"pyrt_filter_remove1", "null", [] { return pyrt_filter_remove1(nullptr, 1); }},
+      {"pyrt_filter_compact", "null", [&] { return pyrt_filter_compact(nullptr, &s.kind); }},
+      {"pyrt_filter_compact", "right", [&] { return pyrt_filter_compact(s.grown, nullptr); },
+       PYRT_OK},
       {"pyrt_filter_contains_bits", "null",
        [&] { return pyrt_filter_contains_bits(nullptr, s.keys, 1, s.bytes, nullptr); }},
       {"pyrt_filter_contains_bits", "null out",

@@ -83,7 +83,7 @@ TEST(NestedGeometry, AKeysSegmentIsHalfOfTheNextGenerationsAndNothingElseChanges
 }
 
 TEST_P(GrownFilters, TinyOnesFollowAMultisetThroughInsertsDeletesGrowthAndFiles) {
-  uint64_t deletes = 0, most_generations = 0;
+  uint64_t deletes = 0, most_generations = 0, compacted = 0;
   // Keys of few fingerprints, so that many collide in one generation and not in the next.
   std::vector<uint64_t> universe;
   for (uint64_t key = 0; universe.size() < 300; ++key) {
@@ -121,8 +121,14 @@ TEST_P(GrownFilters, TinyOnesFollowAMultisetThroughInsertsDeletesGrowthAndFiles)
         }
         ASSERT_EQ(filter->remove(gone.data(), n, nullptr), n);
         deletes += n;
-      } else if (what < 98) {
+      } else if (what < 97) {
         if (filter->info().generations < 7) filter->grow(0);
+      } else if (what < 98) {
+        const uint32_t before = filter->info().generations;
+        if (seed % 2 == 0 && before < 7) continue;  // half of them grow on
+        const uint32_t dropped = filter->compact();
+        compacted += dropped;
+        ASSERT_EQ(filter->info().generations, before - dropped);
       } else {
         std::vector<uint8_t> file(filter->file_bytes());
         filter->save(file.data(), file.size(), 2);
@@ -146,6 +152,7 @@ TEST_P(GrownFilters, TinyOnesFollowAMultisetThroughInsertsDeletesGrowthAndFiles)
     }
   }
   EXPECT_GT(deletes, 5'000u);
+  EXPECT_GT(compacted, 20u);
   EXPECT_EQ(most_generations, 7u);
 }
 
@@ -317,6 +324,86 @@ TEST_P(GrownFilters, AMergeThatFailsChangesNothing) {
     EXPECT_EQ(a.words_hash(), before);
     EXPECT_EQ(a.info().occupied, 950u);
   }
+}
+
+TEST_P(GrownFilters, CompactingGivesBackWhatDeletesLeftEmpty) {
+  for (const uint64_t capacity : {16, 1000, 9000}) {
+    Filter filter(options(capacity, 50));
+    auto keys = random_keys(30'000, capacity);
+    insert_growing(filter, keys);
+    const uint32_t full = filter.info().generations;
+    std::mt19937_64 random(4);
+    std::shuffle(keys.begin(), keys.end(), random);
+    while (filter.info().generations > 1) {
+      const Info before = filter.info();
+      const uint32_t dropped = filter.compact();
+      const Info after = filter.info();
+      filter.check();
+      ASSERT_EQ(after.occupied, keys.size());
+      ASSERT_EQ(after.generations + dropped, before.generations);
+      ASSERT_GE(after.capacity, after.occupied);
+      ASSERT_EQ(dropped > 0, after.bytes < before.bytes);
+      std::vector<uint8_t> found(keys.size());
+      ASSERT_EQ(filter.contains(keys.data(), keys.size(), found.data()), keys.size());
+      const size_t left = keys.size() * 7 / 10;
+      ASSERT_EQ(filter.remove(keys.data() + left, keys.size() - left, nullptr), keys.size() - left);
+      keys.resize(left);
+      ASSERT_EQ(filter.contains(keys.data(), keys.size(), found.data()), keys.size());
+    }
+    ASSERT_GE(full, 2u);
+    ASSERT_GT(keys.size(), 0u);
+    EXPECT_EQ(filter.compact(), 0u);
+    ASSERT_EQ(filter.remove(keys.data(), keys.size(), nullptr), keys.size());
+    EXPECT_EQ(filter.words_hash(), Filter(options(capacity, 50)).words_hash());
+  }
+}
+
+TEST_P(GrownFilters, CompactedOnesHoldWhatTheyPromise) {
+  Filter filter(options(5000, 3));
+  const auto keys = random_keys(40'000, 12);
+  while (filter.info().generations < 3) filter.grow(0);
+  const uint64_t some = filter.info().capacity * 2 / 7;  // goes to the newest
+  ASSERT_EQ(filter.insert(keys.data(), some, nullptr, false), some);
+  ASSERT_EQ(filter.compact(), 1u);
+  const uint64_t promised = filter.info().capacity;
+  ASSERT_GT(promised, some);
+  ASSERT_EQ(filter.insert(keys.data() + some, promised - some, nullptr, false), promised - some);
+  std::vector<uint8_t> found(keys.size());
+  ASSERT_EQ(filter.contains(keys.data(), promised, found.data()), promised);
+  filter.check();
+  // Now that it is full nothing moves.
+  const uint64_t hash = filter.words_hash();
+  EXPECT_EQ(filter.compact(), 0u);
+  EXPECT_EQ(filter.words_hash(), hash);
+}
+
+// Copies of one key fill its buckets in each generation, so the newest cannot go; those of other
+// keys that had gone to older ones by then are taken out of there again.
+TEST_P(GrownFilters, CompactingThatFailsTakesNothingAndAddsNothing) {
+  Filter filter(options(1000));
+  const uint32_t limit = 2 * GetParam().slots;
+  const std::vector<uint64_t> copies(limit, 42);
+  auto keys = random_keys(900, 13);
+  ASSERT_EQ(filter.insert(copies.data(), limit, nullptr, false), limit);
+  filter.grow(0);
+  ASSERT_EQ(filter.insert(copies.data(), limit, nullptr, false), limit);
+  // One may have the same pair of buckets.
+  std::erase_if(keys, [&](uint64_t key) { return filter.insert(&key, 1, nullptr, false) == 0; });
+  ASSERT_GE(keys.size(), 895u);
+  std::vector<uint32_t> before(keys.size()), after(keys.size());
+  filter.count(keys.data(), keys.size(), before.data());
+  EXPECT_EQ(filter.compact(), 0u);
+  filter.check();
+  EXPECT_EQ(filter.info().generations, 2u);
+  EXPECT_EQ(filter.info().occupied, keys.size() + 2 * limit);
+  filter.count(keys.data(), keys.size(), after.data());
+  EXPECT_EQ(before, after);
+  // One generation less is enough once there are fewer copies.
+  ASSERT_EQ(filter.remove(copies.data(), limit, nullptr), limit);
+  EXPECT_EQ(filter.compact(), 1u);
+  ASSERT_EQ(filter.remove(copies.data(), limit, nullptr), limit);
+  ASSERT_EQ(filter.remove(keys.data(), keys.size(), nullptr), keys.size());
+  EXPECT_EQ(filter.info().occupied, 0u);
 }
 
 TEST_P(GrownFilters, BitsAreTheAnswersOfContains) {

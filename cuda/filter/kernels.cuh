@@ -9,9 +9,8 @@
 // on the CPU are (core.hpp).
 #pragma once
 
-#include "cuda/include/atomic.cuh"
+#include "cuda/filter/device_functions.cuh"
 #include "cuda/include/device.cuh"
-#include "filter/core.hpp"
 
 namespace pyruntime::filter {
 
@@ -19,34 +18,6 @@ inline constexpr unsigned kThreads = 256;
 inline constexpr uint64_t kMaxBlocks = 4096;  // grids stride, so this fills any GPU
 inline constexpr int kDeviceAttempts = 64;
 inline constexpr uint32_t kWholeWarp = 0xffffffffU;
-
-struct OnDevice {
-  static constexpr bool kConcurrent = true;
-  PYRT_HOST_DEVICE static uint64_t load(const uint64_t* word) {
-    return dev::atomic_ref<uint64_t>(*const_cast<uint64_t*>(word)).load(dev::acquire);
-  }
-  PYRT_HOST_DEVICE static bool cas(uint64_t* word, uint64_t& expected, uint64_t desired) {
-    return dev::atomic_ref<uint64_t>(*word).compare_exchange_strong(expected, desired, dev::acq_rel,
-                                                                    dev::acquire);
-  }
-  PYRT_HOST_DEVICE static uint32_t epoch(const uint32_t* epoch) {
-    return dev::atomic_ref<uint32_t>(*const_cast<uint32_t*>(epoch)).load(dev::acquire);
-  }
-  PYRT_HOST_DEVICE static void bump(uint32_t* epoch) {
-    dev::atomic_ref<uint32_t>(*epoch).fetch_add(1, dev::acq_rel);
-  }
-  PYRT_HOST_DEVICE static void settle() {}  // the loads before are acquire loads
-  PYRT_HOST_DEVICE static void at(Step) {}
-  PYRT_HOST_DEVICE static void count(const View& view, Counter which, uint64_t n) {
-    dev::atomic_ref<uint64_t>(view.counters[which]).fetch_add(n, dev::relaxed);
-  }
-  PYRT_HOST_DEVICE static void at_least(const View& view, Counter which, uint64_t n) {
-    dev::atomic_ref<uint64_t> value(view.counters[which]);
-    uint64_t seen = value.load(dev::relaxed);
-    while (seen < n && !value.compare_exchange_weak(seen, n, dev::relaxed, dev::relaxed)) {
-    }
-  }
-};
 
 __device__ inline uint64_t first_item() { return uint64_t{blockIdx.x} * blockDim.x + threadIdx.x; }
 __device__ inline uint64_t item_stride() { return uint64_t{gridDim.x} * blockDim.x; }

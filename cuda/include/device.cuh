@@ -44,11 +44,18 @@
 // grid is done.
 #pragma once
 
+#if defined(__CUDACC_RTC__)  // NVRTC has no headers but CUDA's, and those of the run time built in
+#include <cuda/std/cstddef>
+#include <cuda/std/cstdint>
+#else
 #include <cstddef>
 #include <cstdint>
+#endif
 
 #if defined(__CUDACC__)
+#if !defined(__CUDACC_RTC__)
 #include <cuda_runtime.h>
+#endif
 
 #define PYRT_HOST_DEVICE __host__ __device__
 #else
@@ -63,7 +70,9 @@ namespace pyruntime::dev {
 
 #if defined(__CUDACC__)
 
+#if !defined(__CUDACC_RTC__)
 using Stream = cudaStream_t;
+#endif
 
 __device__ inline void pause() {
 #if defined(__CUDA_ARCH__)

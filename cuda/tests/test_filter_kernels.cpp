@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <random>
 
+#include "cuda/filter/device_functions.cuh"
 #include "cuda/tests/support/device.hpp"
 #include "filter/cuda.hpp"
 #include "filter/filter.hpp"
@@ -9,6 +10,17 @@ using namespace pyruntime;
 using filter::View;
 
 namespace {
+
+// A user's kernel over device_functions.cuh.
+enum Call { kContains, kInsert, kDelete };
+template <int W, int B>
+__global__ void call_kernel(View view, int which, const uint64_t* keys, uint64_t n, uint8_t* out) {
+  const uint64_t i = uint64_t{blockIdx.x} * blockDim.x + threadIdx.x;
+  if (i >= n) return;
+  if (which == kContains) out[i] = filter::contains_u64<W, B>(view, keys[i]);
+  if (which == kInsert) out[i] = filter::insert_u64<W, B>(view, keys[i]);
+  if (which == kDelete) out[i] = filter::delete_u64<W, B>(view, keys[i]);
+}
 
 class FilterKernels : public dev::KernelTest {};
 
@@ -69,6 +81,21 @@ class Table {
               0);
     EXPECT_EQ(dev::synchronize(), 0);
     return status.host();
+  }
+  std::vector<uint8_t> call(Call which, const std::vector<uint64_t>& keys) {
+    dev::Array<uint64_t> in(keys);
+    dev::Array<uint8_t> out(std::vector<uint8_t>(keys.size(), 99));
+    const auto launch = [&](auto kernel) {
+      return PYRT_LAUNCH(kernel, dim3(static_cast<unsigned>(keys.size() + 127) / 128), dim3(128),
+                         nullptr, view(), int{which}, at<const uint64_t>(in), uint64_t{keys.size()},
+                         at<uint8_t>(out));
+    };
+    const int error = bits_ == 16
+                          ? (slots_ == 8 ? launch(call_kernel<16, 8>) : launch(call_kernel<16, 16>))
+                          : (slots_ == 8 ? launch(call_kernel<8, 8>) : launch(call_kernel<8, 16>));
+    EXPECT_EQ(error, 0);
+    EXPECT_EQ(dev::synchronize(), 0);
+    return out.host();
   }
   size_t occupied() {
     size_t count = 0;
@@ -142,6 +169,31 @@ TEST_F(FilterKernels, FillsLikeTheCpuFindsEverythingAndTakesItOut) {
       EXPECT_EQ(table.occupied(), keys.size() - half.size());
       const std::vector<uint64_t> rest(keys.begin() + keys.size() / 2, keys.end());
       EXPECT_EQ(table.contains(rest), std::vector<uint8_t>(rest.size(), 1));
+    }
+  }
+}
+
+TEST_F(FilterKernels, FunctionsInAKernelOfTheUserAgreeWithTheCpu) {
+  for (const int bits : {8, 16}) {
+    for (const int slots : {8, 16}) {
+      SCOPED_TRACE(bits * 100 + slots);
+      Table table(bits, slots, 512 / static_cast<uint32_t>(slots));
+      const auto keys = keys_of(table.num_slots() * 9 / 10, 4);
+      const auto stored = table.call(kInsert, keys);
+      std::vector<uint64_t> in;
+      for (size_t i = 0; i < keys.size(); ++i) {
+        ASSERT_LE(stored[i], 1);
+        if (stored[i] == 1) in.push_back(keys[i]);
+      }
+      EXPECT_GT(in.size(), keys.size() * 9 / 10);
+      EXPECT_EQ(table.occupied(), in.size());
+      EXPECT_EQ(table.on_cpu(in), std::vector<uint8_t>(in.size(), 1));
+      const auto asked = keys_of(3000, 5);
+      EXPECT_EQ(table.call(kContains, asked), table.on_cpu(asked));
+      EXPECT_EQ(table.call(kContains, in), std::vector<uint8_t>(in.size(), 1));
+      EXPECT_EQ(table.call(kDelete, in), std::vector<uint8_t>(in.size(), 1));
+      EXPECT_EQ(table.occupied(), 0u);
+      EXPECT_EQ(table.call(kDelete, in), std::vector<uint8_t>(in.size(), 0));
     }
   }
 }

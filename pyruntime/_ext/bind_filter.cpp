@@ -7,6 +7,7 @@
 #include <string_view>
 #include <vector>
 
+#include "arrow_keys.hpp"
 #include "budget.hpp"
 
 namespace pyruntime::bindings {
@@ -15,48 +16,6 @@ namespace {
 template <class T>
 using Array = py::array_t<T, py::array::c_style>;
 using Keys = Array<uint64_t>;
-
-// The structures of the Arrow C data interface, as its specification has them.
-struct ArrowSchema {
-  const char* format;
-  const char* name;
-  const char* metadata;
-  int64_t flags;
-  int64_t n_children;
-  ArrowSchema** children;
-  ArrowSchema* dictionary;
-  void (*release)(ArrowSchema*);
-  void* private_data;
-};
-struct ArrowArray {
-  int64_t length;
-  int64_t null_count;
-  int64_t offset;
-  int64_t n_buffers;
-  int64_t n_children;
-  const void** buffers;
-  ArrowArray** children;
-  ArrowArray* dictionary;
-  void (*release)(ArrowArray*);
-  void* private_data;
-};
-
-template <class T>
-const T& from_capsule(const py::capsule& capsule, const char* name) {
-  const auto* found = static_cast<const T*>(PyCapsule_GetPointer(capsule.ptr(), name));
-  if (found == nullptr) throw py::error_already_set();
-  if (found->release == nullptr) throw py::value_error("the Arrow array has been released");
-  return *found;
-}
-
-bool has_nulls(const ArrowArray& array) {
-  if (array.null_count == 0) return false;
-  const auto* valid = static_cast<const uint8_t*>(array.n_buffers > 0 ? array.buffers[0] : nullptr);
-  for (int64_t i = array.offset; valid != nullptr && i < array.offset + array.length; ++i) {
-    if ((valid[i / 8] >> i % 8 & 1) == 0) return true;
-  }
-  return false;
-}
 
 // Appends a code point as UTF-8; false for what is none.
 bool append_utf8(std::string& text, uint32_t c) {
@@ -92,6 +51,14 @@ class FilterDevice {
   py::tuple sizes() const {
     return py::make_tuple(device_.words_bytes, device_.num_segments * sizeof(uint32_t),
                           3 * sizeof(uint64_t));
+  }
+  py::dict layout() const {
+    using namespace py::literals;
+    return py::dict("bits"_a = device_.bits, "slots"_a = device_.slots,
+                    "threshold"_a = device_.threshold, "buckets"_a = device_.buckets,
+                    "num_segments"_a = device_.num_segments, "seed"_a = device_.seed,
+                    "words"_a = device_.words, "epochs"_a = device_.epochs,
+                    "counters"_a = device_.counters);
   }
   void place(uintptr_t words, uintptr_t epochs, uintptr_t counters) {
     device_.words = words;
@@ -244,52 +211,13 @@ class Filter {
     });
     return keys;
   }
-  // (kind, keys) of an Arrow array of strings, binaries or integers; it is only read.
-  py::tuple hash_arrow(const py::capsule& schema_capsule, const py::capsule& array_capsule) const {
-    const auto& schema = from_capsule<ArrowSchema>(schema_capsule, "arrow_schema");
-    const auto& array = from_capsule<ArrowArray>(array_capsule, "arrow_array");
-    const std::string format = schema.format;
-    if (schema.dictionary != nullptr || format.size() != 1 ||
-        std::string_view("uUzZlLiI").find(format[0]) == std::string_view::npos) {
-      throw py::value_error("keys are an Arrow array of format '" + format +
-                            "'; it must be one of strings, binaries, or 32- or 64-bit integers");
-    }
-    if (array.length < 0 || array.offset < 0) throw py::value_error("the Arrow array is malformed");
-    if (has_nulls(array)) throw py::value_error("keys are an Arrow array with nulls");
-    const auto n = array.length;
-    const auto first = static_cast<size_t>(array.offset);
-    Keys keys(n);
-    uint64_t* to = keys.mutable_data();
-    const bool strings = std::string_view("uUzZ").find(format[0]) != std::string_view::npos;
-    if (n == 0) return py::make_tuple(0, keys);
-    if (array.n_buffers < (strings ? 3 : 2) || array.buffers[1] == nullptr) {
-      throw py::value_error("the Arrow array is malformed");
-    }
-    const void* const values = array.buffers[1];
-    if (!strings) {
-      const auto copy = [&](const auto* from) { std::copy_n(from + first, n, to); };
-      if (format == "l") copy(static_cast<const int64_t*>(values));
-      if (format == "L") copy(static_cast<const uint64_t*>(values));
-      if (format == "i") copy(static_cast<const int32_t*>(values));
-      if (format == "I") copy(static_cast<const uint32_t*>(values));
-      return py::make_tuple(1, keys);
-    }
-    const auto* text = static_cast<const char*>(array.buffers[2]);
-    call([&] {
-      std::vector<int64_t> wide;
-      const int64_t* offsets = nullptr;
-      if (format == "u" || format == "z") {
-        const auto* narrow = static_cast<const int32_t*>(values) + first;
-        wide.assign(narrow, narrow + n + 1);
-        offsets = wide.data();
-      } else {
-        offsets = static_cast<const int64_t*>(values) + first;
-      }
-      const auto bytes = static_cast<uint64_t>(std::max<int64_t>(offsets[n], 0));
-      return pyrt_filter_hash_strings(filter_, text, bytes, offsets, static_cast<uint64_t>(n), to);
-    });
-    return py::make_tuple(2, keys);
+  py::tuple hash_arrow(const py::capsule& schema, const py::capsule& array) const {
+    return arrow_array_keys(filter_, schema, array);
   }
+  py::tuple hash_arrow_stream(const py::capsule& stream) const {
+    return arrow_stream_keys(filter_, stream);
+  }
+  uintptr_t address() const { return reinterpret_cast<uintptr_t>(filter_); }
   FilterDevice device() const { return FilterDevice(filter_); }
   void read_words(Array<uint8_t>& out) const {
     uint8_t* to = out.mutable_data();
@@ -303,6 +231,11 @@ class Filter {
   }
   void grow(uint32_t seen) {
     call([&] { return pyrt_filter_grow(filter_, seen); });
+  }
+  uint32_t compact() {
+    uint32_t dropped = 0;
+    call([&] { return pyrt_filter_compact(filter_, &dropped); });
+    return dropped;
   }
   void clear() {
     call([&] { return pyrt_filter_clear(filter_); });
@@ -372,6 +305,7 @@ void bind_filter(py::module_& m) {
   const auto nc = [](const char* name) { return py::arg(name).noconvert(); };
   py::class_<FilterDevice>(m, "FilterDevice")
       .def("sizes", &FilterDevice::sizes)
+      .def("layout", &FilterDevice::layout)
       .def("place", &FilterDevice::place, py::arg("words"), py::arg("epochs"), py::arg("counters"))
       .def("insert", &FilterDevice::insert, py::arg("keys"), py::arg("n"), py::arg("status"),
            py::arg("scratch"), py::arg("stream"))
@@ -392,11 +326,14 @@ void bind_filter(py::module_& m) {
       .def("merge", &Filter::merge, py::arg("other"))
       .def("hash_fixed", &Filter::hash_fixed, py::arg("strings"))
       .def("hash_arrow", &Filter::hash_arrow, py::arg("schema"), py::arg("array"))
+      .def("hash_arrow_stream", &Filter::hash_arrow_stream, py::arg("stream"))
       .def("hash_strings", &Filter::hash_strings, py::arg("data"), nc("offsets"))
+      .def_property_readonly("address", &Filter::address)
       .def("device", &Filter::device)
       .def("read_words", &Filter::read_words, nc("out"))
       .def("write_words", &Filter::write_words, nc("words"))
       .def("grow", &Filter::grow, py::arg("seen"))
+      .def("compact", &Filter::compact)
       .def("clear", &Filter::clear)
       .def("verify", &Filter::verify)
       .def("info", &Filter::info)

@@ -10,7 +10,7 @@ from pyruntime.filter.cuckoo import (
     CuckooFilter,
     FilterFullError,
 )
-from pyruntime.filter.device import DeviceFilter
+from pyruntime.filter.device import DeviceFilter, raw_kernel_options
 
 __all__ = [
     "ABSENT",
@@ -22,4 +22,5 @@ __all__ = [
     "CuckooFilter",
     "DeviceFilter",
     "FilterFullError",
+    "raw_kernel_options",
 ]

@@ -80,12 +80,14 @@ class CuckooFilter:
     -----
     Keys are integers (arrays of int64, uint64, int32, uint32, or Python ints) or strings and bytes
     (lists, numpy ``S`` and ``U`` arrays; text counts as its UTF-8), not both in one filter. Arrow
-    arrays of either are read through ``__arrow_c_array__``. Arrays that are contiguous 64-bit
+    arrays of either, chunked or not, are read through ``__arrow_c_array__`` or
+    ``__arrow_c_stream__`` (pyarrow, polars). Arrays that are contiguous 64-bit
     integers are not copied. Signed keys count modulo 2**64.
 
     A filter grows by generations, each twice as large as the one before; no key that is in is
-    lost, then or by later deletions. Every generation adds its false positives (`expected_fpr`) and
-    its share to the time of a lookup, so a `capacity` that fits is better.
+    lost, then or by later deletions, after which `compact` gives them back. Every generation adds
+    its false positives (`expected_fpr`) and its share to the time of a lookup, so a `capacity` that
+    fits is better.
 
     Thread-safe, but `status` is that of the latest call of any thread; calls on many keys release
     the GIL. Source: Fan et al., "Cuckoo Filter:
@@ -236,6 +238,40 @@ class CuckooFilter:
         """
         self.core.grow(0)
 
+    def compact(self) -> int:
+        """Give generations back that are no longer needed, after waiting for running calls.
+
+        The newest goes when all that is in it fits into the older ones; then the next. Their
+        places in a newer one are not known, so keys never move there.
+
+        Returns
+        -------
+        int
+            Generations less. 0 when nothing has changed.
+
+        Raises
+        ------
+        pyruntime.errors.OutOfMemoryError
+            There is no memory for a byte per key of the newest generation; no key is lost.
+        pyruntime.errors.StateError
+            The filter is a mapped file.
+
+        Notes
+        -----
+        Lookups become faster and memory less. Keys stand closer afterwards, so `expected_fpr` may
+        rise, and a filter that just fits grows again with the next keys. Takes time in proportion
+        to the slots of the newest generation.
+
+        Examples
+        --------
+        >>> f = CuckooFilter(1000, seed=1, on_full="grow")
+        >>> f.insert(range(5000)), f.num_generations
+        (5000, 3)
+        >>> f.delete(range(4500)), f.compact(), f.num_generations
+        (4500, 2, 1)
+        """
+        return self.core.compact()
+
     def contains(
         self, keys: Any, *, bits: bool = False, out: NDArray[Any] | None = None
     ) -> NDArray[Any]:
@@ -348,6 +384,11 @@ class CuckooFilter:
         return int(self.core.info()["occupied"])
 
     # Inspection
+
+    @property
+    def address(self) -> int:
+        """Of the C handle, for compiled code (`pyruntime.filter.jit`), while the filter lives."""
+        return self.core.address
 
     @property
     def capacity(self) -> int:

@@ -5,12 +5,59 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from pyruntime import gpu
+from pyruntime import config, gpu
 from pyruntime.errors import InvalidArgumentError
 from pyruntime.filter.cuckoo import CuckooFilter
 
-__all__ = ["DeviceFilter"]
+__all__ = ["DeviceFilter", "raw_kernel_options"]
+
+# View of csrc/filter/layout.hpp.
+_VIEW = np.dtype(
+    [
+        *((name, np.uint64) for name in ("words", "epochs", "counters", "num_segments", "seed")),
+        ("buckets", np.uint32),
+        ("threshold", np.uint32),
+        ("older", np.uint64),
+    ]
+)
+
+
+def raw_kernel_options() -> tuple[str, ...]:
+    """Give the options that kernels need to include the filter's device functions.
+
+    Returns
+    -------
+    tuple of str
+        For ``cupy.RawKernel``, ``cupy.RawModule``, NVRTC and nvcc (C++17 or later; without cupy
+        libcu++'s headers, ``cuda/atomic``, must be found as well).
+
+    Notes
+    -----
+    The header says what there is: ``pyruntime::filter::contains_u64<bits, slots>(view, key)``,
+    ``insert_u64`` (where there is room without relocating another key) and ``delete_u64``.
+
+    Examples
+    --------
+    ::
+
+        lookup = cupy.RawKernel(
+            r'''
+            #include "cuda/filter/device_functions.cuh"
+            using namespace pyruntime;
+            extern "C" __global__ void lookup(filter::View view, const uint64_t* keys, size_t n,
+                                              bool* out) {
+              const size_t i = size_t{blockIdx.x} * blockDim.x + threadIdx.x;
+              if (i < n) out[i] = filter::contains_u64<16, 8>(view, keys[i]);
+            }
+            ''',
+            "lookup",
+            options=raw_kernel_options(),
+        )
+        lookup((blocks,), (256,), (device_filter.raw_view(), keys, numpy.uint64(n), out))
+    """
+    return (f"-I{config.include_dir() / 'pyruntime' / 'device'}",)
 
 
 class DeviceFilter:
@@ -86,6 +133,22 @@ class DeviceFilter:
         made = CuckooFilter.from_bytes(self._source.to_bytes())
         made.core.write_words(self._cupy.asnumpy(self._words))
         return made
+
+    def layout(self) -> dict[str, int]:
+        """Give shape, seed, and addresses on the device: fields of ``pyrt_filter_device``."""
+        return self._core.layout()
+
+    def raw_view(self) -> NDArray[Any]:
+        """Give the ``filter::View`` that a raw kernel takes by value; this filter must outlive it.
+
+        Only functions of this filter's `bits` and `slots` may be called with it.
+        """
+        layout = {**self._core.layout(), "older": 0}
+        return np.array([tuple(layout[name] for name in _VIEW.names or ())], _VIEW)
+
+    def arrays(self) -> tuple[Any, Any]:
+        """Give words (uint64) and epochs (uint32) as cupy arrays over this filter's own memory."""
+        return self._words.view(self._cupy.uint64), self._epochs.view(self._cupy.uint32)
 
     def _keys(self, keys: Any, stream: Any) -> tuple[int, int, int]:
         handle = gpu.stream_handle(stream)

@@ -21,17 +21,23 @@ def read_keys(core: _native.Filter, keys: Any) -> tuple[int, Keys]:
     """Return the kind of some keys, 0 if there are none, and them as 64 bits each.
 
     No Python object is made of a key in a numpy array (of integers, ``S`` or ``U``), or in anything
-    with ``__arrow_c_array__`` (integers, strings, binaries; no nulls).
+    with ``__arrow_c_array__`` or ``__arrow_c_stream__``: integers, strings and binaries, large and
+    views of them as well; no nulls.
     """
     try:
         if isinstance(keys, np.ndarray):
             return _read_array(core, keys)
         if hasattr(keys, "__arrow_c_array__"):
             return core.hash_arrow(*keys.__arrow_c_array__())
+        if hasattr(keys, "__arrow_c_stream__"):
+            kind, chunks = core.hash_arrow_stream(keys.__arrow_c_stream__())
+            if len(chunks) == 1:
+                return kind, chunks[0]
+            return kind, np.concatenate([np.empty(0, np.uint64), *chunks])
         if isinstance(keys, str | bytes):
             raise InvalidArgumentError("keys must be a sequence; give [key] for one")
         return _read_items(core, list(keys))
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         if isinstance(error, InvalidArgumentError):
             raise
         raise InvalidArgumentError(str(error)) from error

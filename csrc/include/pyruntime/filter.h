@@ -8,7 +8,7 @@
  * A filter that is full can grow by generations, each twice as large as the one before: nothing
  * that is in is lost, then or by later deletions. Lookups then read one generation after the other.
  *
- * Any thread may call anything at any time; `grow` and `clear` wait for running calls.
+ * Any thread may call anything at any time; `grow`, `compact` and `clear` wait for running calls.
  */
 #ifndef PYRUNTIME_FILTER_H
 #define PYRUNTIME_FILTER_H
@@ -89,6 +89,13 @@ PYRT_API pyrt_status pyrt_filter_count(const pyrt_filter* filter, const uint64_t
 PYRT_API pyrt_status pyrt_filter_remove(pyrt_filter* filter, const uint64_t* keys, uint64_t n,
                                         uint8_t* status, uint64_t* removed) PYRT_NOEXCEPT;
 
+/* One key, for compiled code that asks for many of them one by one; otherwise as above, and a
+ * negative result is a pyrt_status. Contains: 1 or 0. Insert: PYRT_FILTER_OK, _FULL or
+ * _DUP_LIMIT. Remove: PYRT_FILTER_OK or _EXISTS (it was not there). */
+PYRT_API int32_t pyrt_filter_contains1(const pyrt_filter* filter, uint64_t key) PYRT_NOEXCEPT;
+PYRT_API int32_t pyrt_filter_insert1(pyrt_filter* filter, uint64_t key) PYRT_NOEXCEPT;
+PYRT_API int32_t pyrt_filter_remove1(pyrt_filter* filter, uint64_t key) PYRT_NOEXCEPT;
+
 /* keys[n] of strings data[offsets[i] .. offsets[i + 1]), by this filter's seed. offsets[n + 1] do
  * not fall and end within data_bytes. */
 PYRT_API pyrt_status pyrt_filter_hash_strings(const pyrt_filter* filter, const char* data,
@@ -99,6 +106,12 @@ PYRT_API pyrt_status pyrt_filter_hash_strings(const pyrt_filter* filter, const c
  * full at the same time grow it once (0: in any case). Waits for running calls. PYRT_ENOMEM;
  * PYRT_EFULL: the next generation would have more than 2^24 segments. */
 PYRT_API pyrt_status pyrt_filter_grow(pyrt_filter* filter, uint32_t seen) PYRT_NOEXCEPT;
+
+/* Takes generations away, the newest first, as long as all that is in one fits into the older ones
+ * as they are planned; *dropped (or NULL) is how many. What does not fit stays as it is. Memory and
+ * the time of lookups shrink; false positives grow with the load. Waits for running calls.
+ * PYRT_ENOMEM, and PYRT_ECORRUPT as `check`; nothing is lost then. */
+PYRT_API pyrt_status pyrt_filter_compact(pyrt_filter* filter, uint32_t* dropped) PYRT_NOEXCEPT;
 
 /* Adds everything that is in `other`, which stays as it is: PYRT_EINVAL unless both were made with
  * the same capacity, bits, slots and seed. Their keys must be of one kind. PYRT_EFULL (growing does
