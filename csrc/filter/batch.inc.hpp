@@ -38,6 +38,74 @@ struct Keys {
   }
 };
 
+// Those of a group, in order; asked for block by block from the first.
+struct Entries {
+  const Sorted& sorted;
+  uint64_t first_segment;
+  const uint64_t* at;
+
+  Entries(const Sorted& from, uint32_t group)
+      : sorted(from), first_segment(uint64_t{group} << from.shift()), at(from.first_block(group)) {}
+
+  template <int W, int B>
+  inline __attribute__((always_inline)) void locate_some(const View& view, size_t begin, size_t n,
+                                                         Block& block) {
+    static_assert(Sorted::kBlockEntries % kBlock == 0);
+    if (n == 0) return;
+    if (begin % Sorted::kBlockEntries == 0 && begin > 0) at = sorted.block_after(at);
+    const uint64_t* const entries = at + begin % Sorted::kBlockEntries;
+    const auto one = [&](size_t i) __attribute__((always_inline)) {
+      const uint64_t entry = entries[i];
+      const auto fingerprint = static_cast<uint32_t>(entry) & 0xffffU;
+      const auto first = static_cast<uint32_t>(entry >> 16) & 0x1fffU;
+      const uint64_t segment = first_segment + (entry >> 29 & 0x7ffU);
+      const uint64_t base = segment * view.buckets;
+      block.first[i] = (base + first) * Shape<W, B>::kWords;
+      block.second[i] =
+          (base + other_bucket(first, fingerprint, view.buckets)) * Shape<W, B>::kWords;
+      block.fingerprint[i] = fingerprint;
+      block.segment[i] = static_cast<uint32_t>(segment);
+      block.index[i] = static_cast<uint32_t>(entry >> 40);
+    };
+    if (n == kBlock) {
+      for (size_t i = 0; i < kBlock; ++i) one(i);
+    } else {
+      for (size_t i = 0; i < n; ++i) one(i);
+    }
+  }
+  static inline __attribute__((always_inline)) size_t index(const Block& block, size_t, size_t i) {
+    return block.index[i];
+  }
+};
+
+template <int W>
+inline __attribute__((always_inline)) void sort_some(const View& view, const uint64_t* keys,
+                                                     uint64_t index, size_t n, Sorted& sorted) {
+  uint64_t entries[kBlock];
+  uint32_t groups[kBlock];
+  const uint32_t shift = sorted.shift();
+  const uint32_t in_group = (1U << shift) - 1;
+  const auto one = [&](size_t i) __attribute__((always_inline)) {
+    const uint64_t h = base::mix64(keys[i] ^ view.seed);
+    const auto segment = static_cast<uint32_t>(scale_hash(h, view.num_segments));
+    groups[i] = segment >> shift;
+    entries[i] = fingerprint_of<W>(h) | static_cast<uint64_t>(bucket_of(h, view.buckets)) << 16 |
+                 static_cast<uint64_t>(segment & in_group) << 29 | (index + i) << 40;
+  };
+  if (n == kBlock) {
+    for (size_t i = 0; i < kBlock; ++i) one(i);
+  } else {
+    for (size_t i = 0; i < n; ++i) one(i);
+  }
+  uint64_t** const ends = sorted.ends();
+  for (size_t i = 0; i < n; ++i) {
+    uint64_t* const end = ends[groups[i]];
+    *end = entries[i];
+    ends[groups[i]] = end + 1;
+    if (__builtin_expect(Sorted::ends_block(end + 1), 0)) sorted.extend(groups[i]);
+  }
+}
+
 template <bool Write>
 inline __attribute__((always_inline)) void prefetch_pair(const View& view, const Block& block,
                                                          size_t i) {
@@ -178,6 +246,17 @@ inline __attribute__((always_inline)) uint64_t contains_all(const View& view, So
   return present;
 }
 
+template <int W, int B, class Source>
+inline __attribute__((always_inline)) void count_all(const View& view, Source source, size_t n,
+                                                     uint32_t* out) {
+  pipeline<W, B, false>(
+      view, source, n, [&](size_t k, const Block& block, size_t i) __attribute__((always_inline)) {
+        out[k] += static_cast<uint32_t>(
+            copies_in<Shared, W, B>(view.words + block.first[i], block.fingerprint[i]) +
+            copies_in<Shared, W, B>(view.words + block.second[i], block.fingerprint[i]));
+      });
+}
+
 template <int W, int B>
 uint64_t insert_batch(const View& view, const uint64_t* keys, size_t n, uint8_t* status,
                       bool unique) {
@@ -196,18 +275,42 @@ uint64_t contains_batch(const View& view, const uint64_t* keys, size_t n, uint8_
 
 template <int W, int B>
 void count_batch(const View& view, const uint64_t* keys, size_t n, uint32_t* out) {
-  pipeline<W, B, false>(
-      view, Keys{keys}, n,
-      [&](size_t k, const Block& block, size_t i) __attribute__((always_inline)) {
-        out[k] += static_cast<uint32_t>(
-            copies_in<Shared, W, B>(view.words + block.first[i], block.fingerprint[i]) +
-            copies_in<Shared, W, B>(view.words + block.second[i], block.fingerprint[i]));
-      });
+  count_all<W, B>(view, Keys{keys}, n, out);
+}
+
+template <int W, int B>
+void sort_batch(const View& view, const uint64_t* keys, size_t n, Sorted& sorted) {
+  for (size_t at = 0; at < n; at += kBlock) {
+    sort_some<W>(view, keys + at, at, n - at < kBlock ? n - at : kBlock, sorted);
+  }
+}
+
+template <int W, int B>
+uint64_t insert_group(const View& view, const Sorted& sorted, uint32_t group, uint8_t* status,
+                      bool unique) {
+  return insert_all<W, B>(view, Entries(sorted, group), sorted.count(group), status, unique);
+}
+
+template <int W, int B>
+uint64_t remove_group(const View& view, const Sorted& sorted, uint32_t group, uint8_t* status) {
+  return remove_all<W, B>(view, Entries(sorted, group), sorted.count(group), status);
+}
+
+template <int W, int B>
+uint64_t contains_group(const View& view, const Sorted& sorted, uint32_t group, uint8_t* out) {
+  return contains_all<W, B>(view, Entries(sorted, group), sorted.count(group), out);
+}
+
+template <int W, int B>
+void count_group(const View& view, const Sorted& sorted, uint32_t group, uint32_t* out) {
+  count_all<W, B>(view, Entries(sorted, group), sorted.count(group), out);
 }
 
 template <int W, int B>
 constexpr Kernels make_kernels() {
-  return {insert_batch<W, B>, remove_batch<W, B>, contains_batch<W, B>, count_batch<W, B>};
+  return {insert_batch<W, B>, remove_batch<W, B>,   contains_batch<W, B>,
+          count_batch<W, B>,  sort_batch<W, B>,     insert_group<W, B>,
+          remove_group<W, B>, contains_group<W, B>, count_group<W, B>};
 }
 
 constexpr LevelKernels make_level() {
