@@ -1,5 +1,7 @@
 // Bulk calls over one table: a pipeline that hashes and prefetches one block of keys while it
-// works on the block before. Compiled once per SIMD level (batch.inc.hpp), reached by a table.
+// works on the block before. An insert whose two buckets are full is set aside until what is behind
+// them has come from memory, so a key may go in before one that stands before it in the batch; not
+// so where `unique` is asked for. Compiled once per SIMD level (batch.inc.hpp), reached by a table.
 #pragma once
 
 #include <cstddef>
