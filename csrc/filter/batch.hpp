@@ -1,11 +1,14 @@
 // Bulk calls over one table: a pipeline that hashes and prefetches one block of keys while it
-// works on the block before. Compiled once per SIMD level (batch.inc.hpp), reached by a table.
+// works on the block before. An insert whose two buckets are full is set aside until what is behind
+// them has come from memory, so a key may go in before one that stands before it in the batch; not
+// so where `unique` is asked for. Compiled once per SIMD level (batch.inc.hpp), reached by a table.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 
 #include "filter/exec.hpp"
+#include "filter/partition.hpp"
 #include "simd/level.hpp"
 
 namespace pyruntime::filter {
@@ -20,6 +23,14 @@ struct Kernels {
   uint64_t (*contains)(const View&, const uint64_t* keys, size_t n, uint8_t* out);
   // Adds the copies found to out.
   void (*count)(const View&, const uint64_t* keys, size_t n, uint32_t* out);
+  // The same by groups (partition.hpp): `sort` puts n keys into an empty `Sorted`, the others run
+  // on one of its groups, with results by index.
+  void (*sort)(const View&, const uint64_t* keys, size_t n, Sorted&);
+  uint64_t (*insert_group)(const View&, const Sorted&, uint32_t group, uint8_t* status,
+                           bool unique);
+  uint64_t (*remove_group)(const View&, const Sorted&, uint32_t group, uint8_t* status);
+  uint64_t (*contains_group)(const View&, const Sorted&, uint32_t group, uint8_t* out);
+  void (*count_group)(const View&, const Sorted&, uint32_t group, uint32_t* out);
 };
 
 // The four shapes of one level.

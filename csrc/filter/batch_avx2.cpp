@@ -13,7 +13,7 @@ namespace pyruntime::filter {
 
 namespace avx2 {
 
-#include "filter/hit_vector.inc.hpp"
+#include "filter/pair_vector.inc.hpp"
 
 // Calls what the one above defines.
 #include "filter/batch.inc.hpp"

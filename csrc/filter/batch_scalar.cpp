@@ -6,9 +6,10 @@ namespace pyruntime::filter {
 
 namespace scalar {
 
+// Only whether there is any.
 template <int W, int B>
-inline __attribute__((always_inline)) bool hit(const uint64_t* first, const uint64_t* second,
-                                               uint32_t fingerprint) {
+inline __attribute__((always_inline)) uint64_t match(const uint64_t* first, const uint64_t* second,
+                                                     uint32_t fingerprint) {
   uint64_t equal = 0;
   for (int i = 0; i < Shape<W, B>::kWords; ++i) {
     equal |= equal_lanes<W, B>(Shared::load(first + i), fingerprint);
@@ -16,7 +17,20 @@ inline __attribute__((always_inline)) bool hit(const uint64_t* first, const uint
   for (int i = 0; i < Shape<W, B>::kWords; ++i) {
     equal |= equal_lanes<W, B>(Shared::load(second + i), fingerprint);
   }
-  return equal != 0;
+  return equal;
+}
+
+template <int W, int B>
+inline __attribute__((always_inline)) bool store(const View& view, uint64_t* first,
+                                                 uint64_t* second, uint32_t fingerprint) {
+  return insert_directly<Shared, W, B>(view, first, second, fingerprint);
+}
+
+template <int W, int B>
+inline __attribute__((always_inline)) bool pull(const View& view, uint64_t segment, uint64_t* first,
+                                                uint64_t* second, uint32_t fingerprint) {
+  return take<Shared, W, B>(view, segment, first, fingerprint) ||
+         take<Shared, W, B>(view, segment, second, fingerprint);
 }
 
 #include "filter/batch.inc.hpp"

@@ -67,13 +67,45 @@ int search_path(const View& view, const Position& p, Move* moves, uint32_t* free
   return -1;
 }
 
+// Finds a slot of the pair of buckets whose fingerprint has room in its other bucket: what
+// search_path would find first, for the most part, but without a branch by slot.
+template <class Exec, int W, int B>
+PYRT_FILTER_FN bool near_move(const View& view, const Position& p, Move* move,
+                              uint32_t* free_bucket) {
+  const uint32_t pair[] = {p.first, p.second};
+  for (const uint32_t bucket : pair) {
+    const uint64_t* const words = bucket_words<W, B>(view, p.segment, bucket);
+    uint32_t room = 0;
+    for (int lane = 0; lane < B; ++lane) {
+      const uint32_t fingerprint = slot<Exec, W, B>(words, lane);
+      const uint64_t* const behind =
+          bucket_words<W, B>(view, p.segment, other_bucket(bucket, fingerprint, view.buckets));
+      uint64_t free = 0;
+      for (int i = 0; i < Shape<W, B>::kWords; ++i) {
+        free |= zero_lanes<W, B>(Exec::load(behind + i));
+      }
+      room |= static_cast<uint32_t>((free != 0) & (fingerprint != 0)) << lane;
+    }
+    if (room == 0) continue;
+    const int lane = first_lane<1>(room);
+    const uint32_t fingerprint = slot<Exec, W, B>(words, lane);
+    if (fingerprint == 0) continue;  // freed meanwhile
+    *move = {bucket, fingerprint, lane};
+    *free_bucket = other_bucket(bucket, fingerprint, view.buckets);
+    return true;
+  }
+  return false;
+}
+
 // For a key whose two buckets were full.
 template <class Exec, int W, int B>
 __attribute__((noinline)) Status insert_by_eviction(const View& view, const Position& p) {
   Move moves[kMaxNodes];
   for (int attempt = 0; attempt < kMaxAttempts; ++attempt) {
     uint32_t free_bucket = 0;
-    const int length = search_path<Exec, W, B>(view, p, moves, &free_bucket);
+    const int length = near_move<Exec, W, B>(view, p, moves, &free_bucket)
+                           ? 1
+                           : search_path<Exec, W, B>(view, p, moves, &free_bucket);
     if (length < 0) return count<Exec, W, B>(view, p) >= 2 * B ? kDupLimit : kFull;
     if (execute_path<Exec, W, B>(view, p.segment, moves, length, free_bucket, p.fingerprint)) {
       return kOk;

@@ -37,6 +37,81 @@ uint64_t in_parallel(size_t n, const Body& body) {
   return total.load(std::memory_order_relaxed);
 }
 
+// Buffers of the threads of one call.
+class Buffers {
+ public:
+  explicit Buffers(const SortPlan& plan) : plan_(plan) {}
+  std::unique_ptr<Sorted> take() {
+    {
+      const std::lock_guard lock(mutex_);
+      if (idle_ != nullptr) {
+        std::unique_ptr<Sorted> found = std::move(idle_);
+        idle_ = std::move(found->behind);
+        return found;
+      }
+    }
+    return Sorted::make(plan_);
+  }
+  void give(std::unique_ptr<Sorted> sorted) {
+    const std::lock_guard lock(mutex_);
+    sorted->behind = std::move(idle_);
+    idle_ = std::move(sorted);
+  }
+
+ private:
+  const SortPlan plan_;
+  std::mutex mutex_;
+  std::unique_ptr<Sorted> idle_;
+};
+
+// As in_parallel, but where it pays on sorted chunks: group(sorted, number, at) for each group,
+// then finish(sorted, at, count). Without memory to sort in it is body(at, count) as well.
+template <class Body, class Group, class Finish>
+uint64_t in_groups(const Kernels& kernels, const SortLimits& limits, const Table& table,
+                   const uint64_t* keys, size_t n, const Body& body, const Group& group,
+                   const Finish& finish) {
+  base::ThreadPool& pool = base::ThreadPool::process();
+  const auto threads = static_cast<uint64_t>(pool.size());
+  const SortPlan plan =
+      plan_sort(limits, table.words_bytes, table.view.num_segments, n, static_cast<int>(threads));
+  if (plan.chunk == 0) return in_parallel(n, body);
+  Buffers buffers(plan);
+  std::atomic<uint64_t> total{0};
+  pool.parallel_for(
+      static_cast<int64_t>(n), static_cast<int64_t>(plan.chunk), [&](int64_t begin, int64_t end) {
+        const auto at = static_cast<size_t>(begin), count = static_cast<size_t>(end - begin);
+        uint64_t some = 0;
+        if (auto sorted = buffers.take()) {
+          sorted->clear();
+          kernels.sort(table.view, keys + at, count, *sorted);
+          // Threads at work on neighbouring chunks are in different places of the table.
+          const uint64_t start = at / plan.chunk % threads * plan.groups / threads;
+          for (uint32_t i = 0; i < plan.groups; ++i) {
+            some += group(*sorted, static_cast<uint32_t>((start + i) % plan.groups), at);
+          }
+          finish(*sorted, at, count);
+          buffers.give(std::move(sorted));
+        } else {
+          some = body(at, count);
+        }
+        total.fetch_add(some, std::memory_order_relaxed);
+      });
+  return total.load(std::memory_order_relaxed);
+}
+
+void nothing(Sorted&, size_t, size_t) {}
+
+// Bytes of 0 or 1 as bits; the last byte's are filled up with 0. Writes to marks[n .. n + 7].
+void pack(uint8_t* marks, size_t n, uint8_t* out) {
+  std::memset(marks + n, 0, (8 - n % 8) % 8);
+  for (size_t i = 0; i < n; i += 8) {
+    uint64_t eight;
+    std::memcpy(&eight, marks + i, sizeof eight);
+    // Byte i of eight, 0 or 1, becomes bit i of the product's highest byte.
+    out[i / 8] = static_cast<uint8_t>(eight * 0x0102040810204080ULL >> 56);
+  }
+}
+
 // run(table, keys, n, results) on one generation after the other, the newest first, each time on
 // the keys whose result is still `open`.
 template <class Iterator, class Run>
@@ -155,9 +230,15 @@ uint64_t Filter::insert(const uint64_t* keys, size_t n, uint8_t* status, bool un
     });
   }
   Table& table = *tables_.front();
-  const uint64_t stored = in_parallel(n, [&](size_t at, size_t count) {
-    return kernels_->insert(table.view, keys + at, count, status + at, unique);
-  });
+  const uint64_t stored = in_groups(
+      *kernels_, sort_limits_, table, keys, n,
+      [&](size_t at, size_t count) {
+        return kernels_->insert(table.view, keys + at, count, status + at, unique);
+      },
+      [&](const Sorted& sorted, uint32_t group, size_t at) {
+        return kernels_->insert_group(table.view, sorted, group, status + at, unique);
+      },
+      nothing);
   table.occupied.fetch_add(static_cast<int64_t>(stored), std::memory_order_relaxed);
   if (stored == n) return stored;
   for (size_t i = 0; i < n; ++i) {
@@ -248,9 +329,18 @@ uint64_t Filter::remove(const uint64_t* keys, size_t n, uint8_t* status) {
     return removed;
   };
   if (tables_.size() == 1) {
-    return in_parallel(n, [&](size_t at, size_t count) {
-      return from(*tables_.front(), keys + at, count, status + at);
-    });
+    Table& table = *tables_.front();
+    const uint64_t removed = in_groups(
+        *kernels_, sort_limits_, table, keys, n,
+        [&](size_t at, size_t count) {
+          return kernels_->remove(table.view, keys + at, count, status + at);
+        },
+        [&](const Sorted& sorted, uint32_t group, size_t at) {
+          return kernels_->remove_group(table.view, sorted, group, status + at);
+        },
+        nothing);
+    table.occupied.fetch_sub(static_cast<int64_t>(removed), std::memory_order_relaxed);
+    return removed;
   }
   return in_parallel(n, [&](size_t at, size_t count) {
     uint64_t removed = 0;
@@ -274,38 +364,61 @@ uint64_t Filter::contains_here(const uint64_t* keys, size_t n, uint8_t* out) con
 
 uint64_t Filter::contains(const uint64_t* keys, size_t n, uint8_t* out) const {
   const std::shared_lock lock(gate_);
-  return in_parallel(
-      n, [&](size_t at, size_t count) { return contains_here(keys + at, count, out + at); });
+  const auto plain = [&](size_t at, size_t count) {
+    return contains_here(keys + at, count, out + at);
+  };
+  if (tables_.size() > 1) return in_parallel(n, plain);
+  const Table& table = *tables_.front();
+  return in_groups(
+      *kernels_, sort_limits_, table, keys, n, plain,
+      [&](const Sorted& sorted, uint32_t group, size_t at) {
+        return kernels_->contains_group(table.view, sorted, group, out + at);
+      },
+      nothing);
 }
 
 uint64_t Filter::contains_bits(const uint64_t* keys, size_t n, uint8_t* out) const {
   static_assert(kChunk % 8 == 0 && kCascade % 8 == 0);
   const std::shared_lock lock(gate_);
-  return in_parallel(n, [&](size_t at, size_t count) {
+  const auto plain = [&](size_t at, size_t count) {
     uint64_t present = 0;
     uint8_t marks[kCascade];
     for (size_t begin = 0; begin < count; begin += kCascade) {
       const size_t here = std::min(kCascade, count - begin);
       present += contains_here(keys + at + begin, here, marks);
-      std::memset(marks + here, 0, (8 - here % 8) % 8);
-      for (size_t i = 0; i < here; i += 8) {
-        uint64_t eight;
-        std::memcpy(&eight, marks + i, sizeof eight);
-        // Byte i of eight, 0 or 1, becomes bit i of the product's highest byte.
-        out[(at + begin + i) / 8] = static_cast<uint8_t>(eight * 0x0102040810204080ULL >> 56);
-      }
+      pack(marks, here, out + (at + begin) / 8);
     }
     return present;
-  });
+  };
+  if (tables_.size() > 1) return in_parallel(n, plain);
+  const Table& table = *tables_.front();
+  return in_groups(
+      *kernels_, sort_limits_, table, keys, n, plain,
+      [&](Sorted& sorted, uint32_t group, size_t) {
+        return kernels_->contains_group(table.view, sorted, group, sorted.marks());
+      },
+      [&](Sorted& sorted, size_t at, size_t count) { pack(sorted.marks(), count, out + at / 8); });
 }
 
 void Filter::count(const uint64_t* keys, size_t n, uint32_t* out) const {
   const std::shared_lock lock(gate_);
   std::fill_n(out, n, 0U);
-  in_parallel(n, [&](size_t at, size_t count) {
+  const auto plain = [&](size_t at, size_t count) {
     for (const auto& table : tables_) kernels_->count(table->view, keys + at, count, out + at);
     return uint64_t{0};
-  });
+  };
+  if (tables_.size() > 1) {
+    in_parallel(n, plain);
+    return;
+  }
+  const Table& table = *tables_.front();
+  in_groups(
+      *kernels_, sort_limits_, table, keys, n, plain,
+      [&](const Sorted& sorted, uint32_t group, size_t at) {
+        kernels_->count_group(table.view, sorted, group, out + at);
+        return uint64_t{0};
+      },
+      nothing);
 }
 
 void Filter::grow(uint32_t seen) {

@@ -24,8 +24,9 @@
 //
 // Threads. Every operation may run beside every other, but `grow`, `clear` and what replaces the
 // content wait for running calls and hold new ones back (one atomic per call, not per key).
-// Large batches are cut over the process's thread pool. After a fork the child may read and write
-// its copy, if no call was running.
+// Large batches are cut over the process's thread pool, and for tables that no cache holds sorted
+// by segment first (partition.hpp). After a fork the child may read and write its copy, if no call
+// was running.
 //
 // Duplicates. A key may be in up to 2 * slots times, in each generation; one more gives kDupLimit,
 // also where older generations have no room for another reason. Deleting a key that
@@ -161,6 +162,9 @@ class Filter {
   // A hash of all words, for tests: a failed insert leaves it as it was.
   uint64_t words_hash() const;
 
+  // When large batches are sorted, for tests and measurements. No call may run beside it.
+  void set_sort_limits(const SortLimits& limits) noexcept { sort_limits_ = limits; }
+
   // Geometry and words of a filter of one generation, for devices: a copy of its view, with this
   // filter's own addresses. Throw PYRT_EUNSUPPORTED where there are more.
   View view() const;
@@ -210,6 +214,7 @@ class Filter {
   uint32_t buckets_ = 0;
   uint32_t threshold_ = 0;
   const Kernels* kernels_ = nullptr;
+  SortLimits sort_limits_;
   FileMap map_;
   Tables tables_;  // behind the gate
   mutable Gate gate_;

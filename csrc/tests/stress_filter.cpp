@@ -76,6 +76,56 @@ TEST(FilterStress, ReadersNeverMissAPresentKey) {
               reads.load());
 }
 
+TEST(FilterStress, ReadersMissNothingBesideSortedBatches) {
+  // Two segments in groups of one; every batch is sorted, the readers' too.
+  Filter filter({100'000, 16, 8, 3});
+  filter.set_sort_limits({0, 1, 1 << 20});
+  const uint64_t slots_in_all = filter.info().num_slots;
+  ASSERT_EQ(filter.info().num_segments, 2u);
+  std::vector<uint64_t> fixed;
+  std::mt19937_64 random(1);
+  for (uint64_t i = 0; i < slots_in_all * 93 / 100; ++i) fixed.push_back(random());
+  ASSERT_EQ(filter.insert(fixed.data(), fixed.size(), nullptr, false), fixed.size());
+  std::atomic<bool> stop{false};
+  std::atomic<uint64_t> misses{0}, lost{0};
+  std::vector<std::thread> threads;
+  for (uint64_t id = 0; id < 2; ++id) {
+    threads.emplace_back([&, id] {
+      std::mt19937_64 mine(100 + id);
+      // Many keys of which few find room: the load goes up to where inserts fail.
+      std::vector<uint64_t> own(slots_in_all * 4 / 100);
+      std::vector<uint8_t> status(own.size());
+      for (int round = 0; round < 6 * scale(); ++round) {
+        for (uint64_t& key : own) key = mine();
+        filter.insert(own.data(), own.size(), status.data(), false);
+        std::vector<uint64_t> stored;
+        for (size_t i = 0; i < own.size(); ++i) {
+          if (status[i] == kOk) stored.push_back(own[i]);
+        }
+        if (filter.remove(stored.data(), stored.size(), nullptr) != stored.size()) ++lost;
+      }
+    });
+  }
+  for (int id = 0; id < 2; ++id) {
+    threads.emplace_back([&] {
+      std::vector<uint8_t> out(fixed.size());
+      while (!stop) {
+        misses += fixed.size() - filter.contains(fixed.data(), fixed.size(), out.data());
+      }
+    });
+  }
+  threads[0].join();
+  threads[1].join();
+  stop = true;
+  threads[2].join();
+  threads[3].join();
+  EXPECT_EQ(misses, 0u);
+  EXPECT_EQ(lost, 0u);
+  filter.check();
+  EXPECT_EQ(filter.info().occupied, fixed.size());
+  EXPECT_GT(filter.info().moves, 0u);
+}
+
 TEST(FilterStress, GrowingAndCompactingLoseNothingAndAreNotKeptOut) {
   Filter filter({500, 8, 8, 5});  // collisions are many
   std::vector<uint64_t> fixed;

@@ -235,6 +235,31 @@ TEST_P(Filters, EverySimdLevelGivesTheSameBytesAndAnswers) {
     answers.push_back(out);
   }
   for (const auto& answer : answers) EXPECT_EQ(answer, answers.front());
+  // Inserts up to where keys are relocated and refused, and deletes.
+  std::vector<std::vector<uint64_t>> tables;
+  std::vector<std::vector<uint8_t>> statuses;
+  for (const auto level : {simd::Level::scalar, simd::Level::avx2, simd::Level::avx512}) {
+    if (level > simd::detected()) continue;
+    std::vector<uint64_t> words(filter.words_bytes() / 8), counters(kNumCounters);
+    std::vector<uint32_t> epochs(filter.info().num_segments);
+    View view = filter.view();
+    view.words = words.data();
+    view.epochs = epochs.data();
+    view.counters = counters.data();
+    const Kernels& set = kernels(level, bits, slots);
+    std::vector<uint8_t> status(keys.size(), 99);
+    EXPECT_GT(set.insert(view, keys.data(), keys.size(), status.data(), false), 40'000u);
+    EXPECT_GT(counters[kMoves], 0u);
+    tables.push_back(words);
+    statuses.push_back(status);
+    set.remove(view, keys.data() + 1000, 20'000, status.data());
+    tables.push_back(words);
+    statuses.push_back(status);
+  }
+  for (size_t i = 2; i < tables.size(); ++i) {
+    EXPECT_EQ(tables[i], tables[i % 2]);
+    EXPECT_EQ(statuses[i], statuses[i % 2]);
+  }
 }
 
 INSTANTIATE_TEST_SUITE_P(All, Filters,
