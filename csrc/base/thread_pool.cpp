@@ -4,6 +4,7 @@
 #include <sched.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cstdlib>
 #include <new>
 #include <system_error>
@@ -16,6 +17,28 @@ namespace pyruntime::base {
 namespace {
 
 thread_local bool inside_job = false;
+
+constexpr std::chrono::microseconds kSpin{20};
+
+void relax() noexcept {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+// Looks whether `done` for kSpin at most.
+template <class Done>
+void spin(const Done& done) {
+  const auto until = std::chrono::steady_clock::now() + kSpin;
+  do {
+    for (int i = 0; i < 32; ++i) {
+      if (done()) return;
+      relax();
+    }
+  } while (std::chrono::steady_clock::now() < until);
+}
 
 int default_size() {
   if (const char* wanted = std::getenv("PYRUNTIME_THREADS")) {
@@ -81,6 +104,10 @@ void ThreadPool::run(int64_t count, int64_t grain, Function function, void* cont
   {
     std::unique_lock lock(mutex_);
     job_ = nullptr;  // closed: a worker that wakes late finds nothing to join
+  }
+  spin([&] { return participants_.load(std::memory_order_acquire) == 0; });
+  {
+    std::unique_lock lock(mutex_);
     left_.wait(lock, [&] { return participants_ == 0; });
     left_.notify_all();  // a resize may wait for the job to end
   }
@@ -114,6 +141,9 @@ void ThreadPool::worker(int index) {
     lock.lock();
     --participants_;
     left_.notify_all();
+    lock.unlock();
+    spin([&] { return job_id_.load(std::memory_order_acquire) != seen; });
+    lock.lock();
   }
   --workers_;
   left_.notify_all();

@@ -11,7 +11,9 @@
 //
 // Concurrency: parallel_for may be called from any thread. A call made while another job runs, or
 // from inside a body, runs its range on the calling thread alone: it never waits, so it cannot
-// deadlock. Workers sleep on a condition variable (a futex); nothing spins.
+// deadlock. Workers sleep on a condition variable (a futex). Before they do, and before the caller
+// sleeps until the last worker has left, they look for kSpin: the jobs of a model's step follow
+// each other in less, and being woken takes a core longer than that.
 //
 // Fork: workers do not exist in the child; the child's pool restarts on its next use. Do not fork
 // from inside a body: chunks claimed by workers of the parent would be missing in the child.
@@ -74,8 +76,9 @@ class ThreadPool {
   std::condition_variable wake_;   // a job opened, or the pool shrank
   std::condition_variable left_;   // a worker left the job or ended
   Job* job_ = nullptr;
-  uint64_t job_id_ = 0;
-  int participants_ = 0;
+  // Written under the mutex; read without it by those that are about to sleep.
+  std::atomic<uint64_t> job_id_{0};
+  std::atomic<int> participants_{0};
   int workers_ = 0;
 };
 
