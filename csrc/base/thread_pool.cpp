@@ -31,6 +31,7 @@ void relax() noexcept {
 // Looks whether `done` for kSpin at most.
 template <class Done>
 void spin(const Done& done) {
+  if (done()) return;
   const auto until = std::chrono::steady_clock::now() + kSpin;
   do {
     for (int i = 0; i < 32; ++i) {

@@ -16,8 +16,8 @@
 #include <mutex>
 
 #include "base/status.hpp"
+#include "filter/copies.hpp"
 #include "filter/evict.hpp"
-#include "filter/exec.hpp"
 #include "filter/filter.hpp"
 
 namespace pyruntime::filter {
@@ -25,23 +25,6 @@ namespace {
 
 bool has_room(const Table& table) {
   return table.occupied.load(std::memory_order_relaxed) < static_cast<int64_t>(table.planned);
-}
-
-// body(where it is) for every copy of a table, always in the same order, until that returns false.
-template <int W, int B, class Body>
-bool for_each_copy(const View& view, const Body& body) {
-  for (uint64_t segment = 0; segment < view.num_segments; ++segment) {
-    for (uint32_t bucket = 0; bucket < view.buckets; ++bucket) {
-      const uint64_t* const words = bucket_words<W, B>(view, segment, bucket);
-      for (int lane = 0; lane < B; ++lane) {
-        const uint32_t fingerprint = slot<Shared, W, B>(words, lane);
-        if (fingerprint == 0) continue;
-        const uint32_t other = other_bucket(bucket, fingerprint, view.buckets);
-        if (!body(Position{segment, bucket, other, fingerprint})) return false;
-      }
-    }
-  }
-  return true;
 }
 
 // Adds what is in the newest table to the others; false, and they hold what they did, if some of

@@ -4,8 +4,8 @@
 #include <mutex>
 
 #include "base/status.hpp"
+#include "filter/copies.hpp"
 #include "filter/evict.hpp"
-#include "filter/exec.hpp"
 #include "filter/filter.hpp"
 
 namespace pyruntime::filter {
@@ -15,25 +15,16 @@ namespace {
 // generation of `to` or an older one. False if one finds no room.
 template <int W, int B, class Tables>
 bool add_table(const Table& from, size_t generation, Tables& to) {
-  const View& view = from.view;
-  for (uint64_t segment = 0; segment < view.num_segments; ++segment) {
-    for (uint32_t bucket = 0; bucket < view.buckets; ++bucket) {
-      const uint64_t* const words = bucket_words<W, B>(view, segment, bucket);
-      for (int lane = 0; lane < B; ++lane) {
-        const uint32_t fingerprint = slot<Shared, W, B>(words, lane);
-        if (fingerprint == 0) continue;
-        Position p{segment, bucket, other_bucket(bucket, fingerprint, view.buckets), fingerprint};
-        size_t into = generation;
-        while (insert<Shared, W, B>(to[into]->view, p) != kOk) {
-          if (into == 0) return false;
-          --into;
-          p.segment /= 2;
-        }
-        to[into]->occupied.fetch_add(1, std::memory_order_relaxed);
-      }
+  return for_each_copy<W, B>(from.view, [&](Position p) {
+    size_t into = generation;
+    while (insert<Shared, W, B>(to[into]->view, p) != kOk) {
+      if (into == 0) return false;
+      --into;
+      p.segment /= 2;
     }
-  }
-  return true;
+    to[into]->occupied.fetch_add(1, std::memory_order_relaxed);
+    return true;
+  });
 }
 
 }  // namespace

@@ -8,8 +8,8 @@
 //   deadline   pins hang in a hashed timing wheel; `tick` ends those whose time is over, O(1) each.
 //              The clock is the caller's and only goes forward.
 //   pressure   a step that does not fit ends the pins of the programs that arrived last, as few as
-//              make it fit, in the same transaction: a step that does not fit without any pin
-//              leaves all of them.
+//              make it fit, in the same transaction (as does a sequence that is swapped in): a step
+//              that does not fit without any pin leaves all of them.
 //   cap        all pins together hold at most a share of the blocks (0.6); a pin beyond it ends
 //              those of later programs, or is refused.
 //

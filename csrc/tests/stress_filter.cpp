@@ -22,66 +22,11 @@ int scale() {
   return text == nullptr ? 1 : std::max(1, std::atoi(text));
 }
 
-TEST(FilterStress, ReadersNeverMissAPresentKey) {
-  std::atomic<uint64_t> writes{0}, reads{0};
-  for (const uint32_t slots : {8U, 16U}) {
-    Filter filter({20'000, 16, slots, 3});
-    const uint64_t slots_in_all = filter.info().num_slots;
-    std::vector<uint64_t> fixed;
-    std::mt19937_64 random(1);
-    for (uint64_t i = 0; i < slots_in_all * 93 / 100; ++i) fixed.push_back(random());
-    ASSERT_EQ(filter.insert(fixed.data(), fixed.size(), nullptr, false), fixed.size());
-    std::atomic<bool> stop{false};
-    std::atomic<uint64_t> misses{0}, lost{0};
-    std::vector<std::thread> threads;
-    for (uint64_t id = 0; id < 2; ++id) {
-      threads.emplace_back([&, id] {
-        std::mt19937_64 mine(100 + id);
-        std::vector<uint64_t> own(slots_in_all * 2 / 100);
-        std::vector<uint8_t> status(own.size());
-        const int rounds = 40 * scale();
-        for (int round = 0; round < rounds; ++round) {
-          for (uint64_t& key : own) key = mine();
-          filter.insert(own.data(), own.size(), status.data(), false);
-          std::vector<uint64_t> stored;
-          for (size_t i = 0; i < own.size(); ++i) {
-            if (status[i] == kOk) stored.push_back(own[i]);
-          }
-          if (filter.remove(stored.data(), stored.size(), nullptr) != stored.size()) ++lost;
-          writes += own.size() + stored.size();
-        }
-      });
-    }
-    for (int id = 0; id < 2; ++id) {
-      threads.emplace_back([&] {
-        std::vector<uint8_t> out(fixed.size());
-        while (!stop) {
-          misses += fixed.size() - filter.contains(fixed.data(), fixed.size(), out.data());
-          reads += fixed.size();
-        }
-      });
-    }
-    threads[0].join();
-    threads[1].join();
-    stop = true;
-    threads[2].join();
-    threads[3].join();
-    EXPECT_EQ(misses, 0u);
-    EXPECT_EQ(lost, 0u);
-    filter.check();
-    EXPECT_EQ(filter.info().occupied, fixed.size());
-    EXPECT_GT(filter.info().moves, 0u);
-  }
-  std::printf("%" PRIu64 " inserts and deletes beside %" PRIu64 " lookups\n", writes.load(),
-              reads.load());
-}
-
-TEST(FilterStress, ReadersMissNothingBesideSortedBatches) {
-  // Two segments in groups of one; every batch is sorted, the readers' too.
-  Filter filter({100'000, 16, 8, 3});
-  filter.set_sort_limits({0, 1, 1 << 20});
+// Two threads insert and delete so many keys at a time, for so many rounds, in a filter that others
+// are in to 93 %; two look for those all the while.
+void write_beside_readers(Filter& filter, size_t keys, int rounds, std::atomic<uint64_t>& writes,
+                          std::atomic<uint64_t>& reads) {
   const uint64_t slots_in_all = filter.info().num_slots;
-  ASSERT_EQ(filter.info().num_segments, 2u);
   std::vector<uint64_t> fixed;
   std::mt19937_64 random(1);
   for (uint64_t i = 0; i < slots_in_all * 93 / 100; ++i) fixed.push_back(random());
@@ -92,10 +37,9 @@ TEST(FilterStress, ReadersMissNothingBesideSortedBatches) {
   for (uint64_t id = 0; id < 2; ++id) {
     threads.emplace_back([&, id] {
       std::mt19937_64 mine(100 + id);
-      // Many keys of which few find room: the load goes up to where inserts fail.
-      std::vector<uint64_t> own(slots_in_all * 4 / 100);
+      std::vector<uint64_t> own(keys);
       std::vector<uint8_t> status(own.size());
-      for (int round = 0; round < 6 * scale(); ++round) {
+      for (int round = 0; round < rounds; ++round) {
         for (uint64_t& key : own) key = mine();
         filter.insert(own.data(), own.size(), status.data(), false);
         std::vector<uint64_t> stored;
@@ -103,6 +47,7 @@ TEST(FilterStress, ReadersMissNothingBesideSortedBatches) {
           if (status[i] == kOk) stored.push_back(own[i]);
         }
         if (filter.remove(stored.data(), stored.size(), nullptr) != stored.size()) ++lost;
+        writes += own.size() + stored.size();
       }
     });
   }
@@ -111,6 +56,7 @@ TEST(FilterStress, ReadersMissNothingBesideSortedBatches) {
       std::vector<uint8_t> out(fixed.size());
       while (!stop) {
         misses += fixed.size() - filter.contains(fixed.data(), fixed.size(), out.data());
+        reads += fixed.size();
       }
     });
   }
@@ -124,6 +70,26 @@ TEST(FilterStress, ReadersMissNothingBesideSortedBatches) {
   filter.check();
   EXPECT_EQ(filter.info().occupied, fixed.size());
   EXPECT_GT(filter.info().moves, 0u);
+}
+
+TEST(FilterStress, ReadersNeverMissAPresentKey) {
+  std::atomic<uint64_t> writes{0}, reads{0};
+  for (const uint32_t slots : {8U, 16U}) {
+    Filter filter({20'000, 16, slots, 3});
+    write_beside_readers(filter, filter.info().num_slots * 2 / 100, 40 * scale(), writes, reads);
+  }
+  std::printf("%" PRIu64 " inserts and deletes beside %" PRIu64 " lookups\n", writes.load(),
+              reads.load());
+}
+
+TEST(FilterStress, ReadersMissNothingBesideSortedBatches) {
+  // Two segments in groups of one; every batch is sorted, the readers' too. Of the many keys few
+  // find room: the load goes up to where inserts fail.
+  Filter filter({100'000, 16, 8, 3});
+  filter.set_sort_limits({0, 1, 1 << 20});
+  ASSERT_EQ(filter.info().num_segments, 2u);
+  std::atomic<uint64_t> writes{0}, reads{0};
+  write_beside_readers(filter, filter.info().num_slots * 4 / 100, 6 * scale(), writes, reads);
 }
 
 TEST(FilterStress, GrowingAndCompactingLoseNothingAndAreNotKeptOut) {

@@ -43,7 +43,15 @@ class Importance:
         return np.ascontiguousarray(row, np.float32)
 
     def set_dense(self, layer: int, number: int, inputs: Floats) -> None:
-        """Set those of a dense matrix's columns; `number` is its of `loader.DENSE`, or ``HEAD``."""
+        """Set those of a dense matrix's columns.
+
+        Parameters
+        ----------
+        layer : int
+        number : int
+            A value of `pyruntime.engine.loader.DENSE`, or ``HEAD``.
+        inputs : ndarray of float32, shape (columns,)
+        """
         self._dense[layer, number] = np.ascontiguousarray(inputs, np.float32)
 
     def of_dense(self, layer: int, number: int) -> Floats | None:

@@ -56,7 +56,7 @@ class Programs:
         self._cost: float | None = None  # seconds per token of a prompt
 
     def arrived(self, request: Request) -> None:
-        """Note a program's new turn: the tool it had called has answered."""
+        """Note a request, maybe a program's new turn: the tool it had called has answered."""
         if not request.program:
             return
         key = request.tenant, request.program
@@ -81,7 +81,7 @@ class Programs:
             known.pin = 0
 
     def computed(self, tokens: int, seconds: float) -> None:
-        """Note how long a step with prompts took for its tokens."""
+        """Note how many seconds a step with prompts took, and for how many tokens in all."""
         self._cost = _mean(self._cost, seconds / tokens)
 
     def ended(self, request: Request, finished: bool) -> None:

@@ -40,6 +40,7 @@ GAIN = {2: 1.0}
 """By width: how much of the gain that least squares takes is given back."""
 
 SEARCH = 8
+"""Places tried for each end of a group's range, unless told otherwise."""
 
 _COPIED = (
     "config.json",

@@ -172,7 +172,18 @@ _pattern_on_device = cuda.jit(_pattern, device=True)
 
 @cuda.jit(device=True)
 def contains_u64(view, key):  # type: ignore[no-untyped-def]
-    """Say whether a key may be in; False is certain."""
+    """Say whether a key may be in; False is certain.
+
+    Parameters
+    ----------
+    view : TableView
+    key : integer
+        It counts modulo 2**64.
+
+    Returns
+    -------
+    bool
+    """
     _, first, second, fingerprint = _locate_on_device(view, key)
     pattern = _pattern_on_device(view, fingerprint)
     found = _0
@@ -238,7 +249,16 @@ def _take(view, segment, start, fingerprint):  # type: ignore[no-untyped-def]
 
 @cuda.jit(device=True)
 def insert_u64(view, key):  # type: ignore[no-untyped-def]
-    """Store a key where there is room without relocating another; False if there is none."""
+    """Store a key where there is room without relocating another.
+
+    Parameters are those of `contains_u64`.
+
+    Returns
+    -------
+    bool
+        False if there is no such room: nothing has changed, and `CuckooFilter.insert` of a copy, or
+        a kernel of `DeviceFilter`, may still find some.
+    """
     _, first, second, fingerprint = _locate_on_device(view, key)
     free = _free_slots(view, first)
     if free < view.threshold and _free_slots(view, second) > free:
@@ -248,6 +268,14 @@ def insert_u64(view, key):  # type: ignore[no-untyped-def]
 
 @cuda.jit(device=True)
 def delete_u64(view, key):  # type: ignore[no-untyped-def]
-    """Take one copy of a key out; False if there is none. Only for keys that are in."""
+    """Take one copy of a key out; only for keys that are in (see `CuckooFilter.delete`).
+
+    Parameters are those of `contains_u64`.
+
+    Returns
+    -------
+    bool
+        False if there is none.
+    """
     segment, first, second, fingerprint = _locate_on_device(view, key)
     return _take(view, segment, first, fingerprint) or _take(view, segment, second, fingerprint)

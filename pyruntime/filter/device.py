@@ -142,12 +142,23 @@ class DeviceFilter:
         """Give the ``filter::View`` that a raw kernel takes by value; this filter must outlive it.
 
         Only functions of this filter's `bits` and `slots` may be called with it.
+
+        Returns
+        -------
+        ndarray, shape (1,)
+            56 bytes, of a structured dtype with the fields of the C structure.
         """
         layout = {**self._core.layout(), "older": 0}
         return np.array([tuple(layout[name] for name in _VIEW.names or ())], _VIEW)
 
     def arrays(self) -> tuple[Any, Any]:
-        """Give words (uint64) and epochs (uint32) as cupy arrays over this filter's own memory."""
+        """Give words and epochs as they are on the device.
+
+        Returns
+        -------
+        tuple of cupy.ndarray
+            uint64 [words] and uint32 [segments], over this filter's own memory.
+        """
         return self._words.view(self._cupy.uint64), self._epochs.view(self._cupy.uint32)
 
     def _keys(self, keys: Any, stream: Any) -> tuple[int, int, int]:

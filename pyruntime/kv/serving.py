@@ -460,6 +460,8 @@ class ServingPool:
 
     def _room_for(self, returning: Sequence[_Request]) -> None:
         """Open blocks for what is swapped in, or refuse the step before it is."""
+        if self._memory is None:  # the step was found to fit
+            return
         swapped = [known.swapped for known in returning if known.swapped is not None]
         need = [sum(len(places[g]) for places in swapped) for g in range(len(self.groups))]
         self._open(need, [n - m for n, m in zip(self._left((), ()), need, strict=True)])

@@ -131,7 +131,19 @@ class ExpertCache:
 
     @staticmethod
     def least_bytes(store: ExpertStore, floor: int = 1) -> int:
-        """Return what a cache with a budget keeps of it: an expert at its widest, or its floors."""
+        """Return what a cache with a budget keeps of it.
+
+        Parameters
+        ----------
+        store : ExpertStore
+        floor : int, default 1
+            Experts of each layer whose base planes stay, as for the cache.
+
+        Returns
+        -------
+        int
+            Bytes, in whole units of a budget: one expert at its widest, or all floors if more.
+        """
         first = store.layers[0]
         planes = [store.extent(first, 0, level).bytes for level in range(store.levels)]
         padded = [-(-plane // _PAGE) * _PAGE for plane in planes]
