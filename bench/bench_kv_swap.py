@@ -16,7 +16,7 @@ from pyruntime.engine.llm import make_loop
 from pyruntime.engine.messages import Submit
 from pyruntime.engine.sampling import SamplingParams
 from pyruntime.engine.text import Tokenizer
-from pyruntime.kv import KvGroup, KvStorage, ServingPool
+from pyruntime.kv import KvGroup, KvStorage, ServingPool, SwapEngine
 from pyruntime.models import shipped
 
 BLOCK, LAYERS = 16, 4
@@ -173,6 +173,43 @@ def test_conversations(benchmark):
     left = int((-(-turns // BLOCK)).sum())
     copied = 1 - pool.stats()["swap_clean"] / left
     benchmark.extra_info |= {"copied": round(copied, 3), "aim": 0.5}
+
+
+@pytest.mark.parametrize("run", [1, 16])
+def test_copy_bandwidth(benchmark, run):
+    """The swap engine beside numpy's copy of as many bytes, in turns: scattered runs of blocks.
+
+    Both sides copy between memory that has been touched, and more of it than the caches hold.
+    """
+    blocks, copied = size(benchmark, (4096, 1024), (64, 32))
+    pieces = [[np.ones((blocks, BLOCK, 4, 64), np.float32) for _ in range(8)] for _ in range(2)]
+    engine = SwapEngine()
+    spaces = [engine.add_space(side) for side in pieces]
+    rng = np.random.default_rng(4)
+    first = rng.permutation(blocks // run)[: copied // run] * run
+    runs = np.stack([first, rng.permutation(first), np.full(len(first), run)], 1).astype(np.uint32)
+    rows = copied * len(pieces[0])
+    flat = [np.ones((rows, pieces[0][0][0].size), np.float32) for _ in range(2)]
+    found = {"engine": [], "memcpy": []}
+
+    def round_():
+        begin = now()
+        engine.copy(*spaces, runs)
+        engine.wait()
+        found["engine"].append(now() - begin)
+        assert set(engine.collect().values()) == {0}
+        begin = now()
+        np.copyto(flat[1], flat[0])
+        found["memcpy"].append(now() - begin)
+
+    benchmark.pedantic(round_, rounds=size(benchmark, 21, 1), iterations=1, warmup_rounds=1)
+    seconds = {name: float(np.median(values[1:] or values)) for name, values in found.items()}
+    benchmark.extra_info |= {
+        "mib": flat[0].nbytes >> 20,
+        **{f"{name}, GB/s": round(flat[0].nbytes / t / 1e9, 2) for name, t in seconds.items()},
+        "of memcpy": round(seconds["memcpy"] / seconds["engine"], 3),
+        "aim at 16 blocks": 0.95,
+    }
 
 
 def first_token(loop, submit):
