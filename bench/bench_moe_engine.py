@@ -124,10 +124,15 @@ def summary(answers, key):
 
 
 @pytest.mark.timeout(3600)
+@pytest.mark.parametrize("prompt", [32, 512])
 @pytest.mark.parametrize(("bits", "kind"), [(4, "Q4_0"), (8, "Q8_0")])
-def test_all_in_memory(benchmark, setting, bits, kind):
-    """Decode and prefill speed with every expert in memory; attention has the experts' width."""
-    prompt, tokens = (16, 3) if setting.disabled else (512, 33)
+def test_all_in_memory(benchmark, setting, bits, kind, prompt):
+    """Decode and prefill speed with every expert in memory; attention has the experts' width.
+
+    Decoding after a long prompt reads its keys and values too: ours are of 32 bits, the peer's
+    of 16.
+    """
+    prompt, tokens = (16, 3) if setting.disabled else (prompt, 33)
     model = setting.made(f"pyruntime-{bits}", bits=(bits,), attention_bits=bits)
     ours, theirs = setting.ours(model=model), setting.theirs(kind)
     mine, other, seeds = [], [], itertools.count()
