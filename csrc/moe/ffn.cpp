@@ -10,8 +10,16 @@
 namespace pyruntime::moe {
 namespace {
 
-constexpr int64_t kRows = 256;                      // rows per task
-constexpr int64_t kTaskWeights = int64_t{1} << 18;  // weights times rows of a task, about
+constexpr int64_t kRows = 256;  // rows per task
+
+// Tiles per task of a matrix on `rows` rows: long ones read memory faster, but each thread needs
+// several.
+int64_t tiles_per_task(int64_t height, int64_t columns, int64_t rows, int64_t all_rows) {
+  const int64_t threads = base::ThreadPool::process().size();
+  const int64_t weights =
+      std::clamp<int64_t>(height * columns * all_rows / (8 * threads), 1 << 18, 1 << 19);
+  return std::clamp<int64_t>(weights / (columns * kTileRows * rows), 1, 64);
+}
 
 struct Task {
   const Ffn::Bucket* bucket;
@@ -20,11 +28,12 @@ struct Task {
 
 std::vector<Task> cut(std::span<const Ffn::Bucket> buckets, const Shape& shape) {
   std::vector<Task> tasks;
+  int64_t all_rows = 0;
+  for (const Ffn::Bucket& bucket : buckets) all_rows += bucket.last - bucket.first;
   for (const Ffn::Bucket& bucket : buckets) {
     for (int64_t row = bucket.first; row < bucket.last; row += kRows) {
       const int64_t rows = std::min(kRows, bucket.last - row);
-      const int64_t step =
-          std::clamp<int64_t>(kTaskWeights / (shape.columns * kTileRows * rows), 1, 64);
+      const int64_t step = tiles_per_task(shape.rows, shape.columns, rows, all_rows);
       for (int64_t tile = 0; tile < num_tiles(shape); tile += step) {
         tasks.push_back({&bucket, row, rows, tile, std::min(step, num_tiles(shape) - tile)});
       }
@@ -259,8 +268,7 @@ void linear(const Nested& w, const float* x, int64_t n, float* out) {
                       }
                     });
   const int64_t tiles = ceil_div(w.rows, kTileRows);
-  const int64_t grain =
-      std::clamp<int64_t>(kTaskWeights / (w.columns * kTileRows * std::min(n, kRows)), 1, 64);
+  const int64_t grain = tiles_per_task(w.rows, w.columns, std::min(n, kRows), n);
   pool.parallel_for(tiles, grain, [&](int64_t begin, int64_t end) {
     kernel.tiles(w, begin, end, rows.data(), n, outs.data());
   });
