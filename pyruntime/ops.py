@@ -41,6 +41,7 @@ __all__ = [
 ]
 
 Floats = NDArray[np.float32]
+Cache = NDArray[np.float32] | NDArray[np.float16]
 Ints = NDArray[np.int32]
 Longs = NDArray[np.int64]
 
@@ -155,13 +156,14 @@ def rope(x: Floats, positions: Ints, cos: Floats, sin: Floats) -> Floats:
     return x
 
 
-def kv_write(k_cache: Floats, v_cache: Floats, slots: Longs, k: Floats, v: Floats) -> None:
+def kv_write(k_cache: Cache, v_cache: Cache, slots: Longs, k: Floats, v: Floats) -> None:
     """Store keys and values in their slots.
 
     Parameters
     ----------
-    k_cache, v_cache : ndarray of float32, shape (blocks, block size, kv heads, d)
-        Any strides, alike for both, contiguous along d.
+    k_cache, v_cache : ndarray of float32 or float16, shape (blocks, block size, kv heads, d)
+        Any strides, alike for both, contiguous along d. Halves are rounded to nearest even; what
+        is too large becomes the largest finite one.
     slots : ndarray of int64, shape (n,)
         ``block * block_size + offset``; -1 skips the row.
     k, v : ndarray of float32, shape (n, kv heads, d)
@@ -171,8 +173,8 @@ def kv_write(k_cache: Floats, v_cache: Floats, slots: Longs, k: Floats, v: Float
 
 def paged_attention(
     q: Floats,
-    k_cache: Floats,
-    v_cache: Floats,
+    k_cache: Cache,
+    v_cache: Cache,
     tables: Ints,
     rows: Ints,
     visible: Ints,
@@ -188,7 +190,8 @@ def paged_attention(
     ----------
     q : ndarray of float32, shape (n, heads, d)
         Query head h reads KV head ``h // (heads // kv_heads)``.
-    k_cache, v_cache : ndarray of float32, shape (blocks, block size, kv heads, d)
+    k_cache, v_cache : ndarray of float32 or float16, shape (blocks, block size, kv heads, d)
+        Halves are read as float32.
     tables : ndarray of int32, shape (tables, max blocks)
         Block ids; -1 is a hole, whose slots are skipped.
     rows : ndarray of int32, shape (n,)

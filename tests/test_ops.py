@@ -124,8 +124,9 @@ def attention_reference(q, k, v, visible, scale, window, group):
     d=st.sampled_from([4, 16, 33, 64, 128]),
     block=st.sampled_from([1, 4, 16]),
     window=st.sampled_from([0, 1, 5, 300]),
+    dtype=st.sampled_from([np.float32, np.float16]),
 )
-def test_attention_matches_float64(seed, kv_heads, group, d, block, window):
+def test_attention_matches_float64(seed, kv_heads, group, d, block, window, dtype):
     rng = RNG(seed)
     n = int(rng.integers(1, 5))
     visible = rng.integers(0, 40 if block < 16 else 700, n).astype(np.int32)
@@ -133,7 +134,8 @@ def test_attention_matches_float64(seed, kv_heads, group, d, block, window):
     blocks = per * n
     order = rng.permutation(blocks).astype(np.int32)
     tables = order.reshape(n, per)
-    layers = floats(rng, 2, blocks, 2, block, kv_heads, d)  # another layer between: strides
+    # another layer between: strides
+    layers = floats(rng, 2, blocks, 2, block, kv_heads, d).astype(dtype)
     k_cache, v_cache = layers[0, :, 1], layers[1, :, 1]
     q = floats(rng, n, kv_heads * group, d)
     rows = rng.permutation(n).astype(np.int32)
@@ -168,6 +170,20 @@ def test_attention_skips_holes_and_marks_heavy_slots():
     np.testing.assert_array_equal(above[0], want)
 
 
+def test_kv_write_rounds_to_halves():
+    rng = RNG(6)
+    k, v = floats(rng, 3, 2, 20), 1e5 * floats(rng, 3, 2, 20)
+    v[0, 0, :3] = np.nan, np.inf, -np.inf
+    k_cache, v_cache = np.zeros((2, 2, 4, 2, 20), np.float16)
+    ops.kv_write(k_cache, v_cache, np.array([6, -1, 1]), k, v)
+    most = np.finfo(np.float16).max
+    for cache, rows in ((k_cache, k), (v_cache, v)):
+        want = np.clip(rows, -most, most).astype(np.float16)  # NaN stays
+        np.testing.assert_array_equal(cache[1, 2], want[0])
+        np.testing.assert_array_equal(cache[0, 1], want[2])
+        assert np.count_nonzero(cache) == 80
+
+
 def test_attention_and_kv_write_refuse_what_is_outside():
     cache = np.zeros((2, 4, 1, 8), np.float32)
     q = np.zeros((1, 1, 8), np.float32)
@@ -189,6 +205,9 @@ def test_attention_and_kv_write_refuse_what_is_outside():
     assert not cache.any()
     ops.kv_write(cache, cache.copy(), np.array([-1, 5]), row, row)
     assert cache[1, 1].all() and cache.sum() == 8
+    for k, v in ((cache, cache.astype(np.float16)), (cache.astype(np.float64), cache)):
+        with pytest.raises(errors.InvalidArgumentError, match="type|float16"):
+            ops.kv_write(k, v, np.array([0, 1]), row, row)
     with pytest.raises(TypeError):
         ops.linear(np.zeros((1, 2)), np.zeros((1, 2), np.float32))
 
@@ -368,6 +387,9 @@ for part in (
     ops.rms_norm(x, f(203), 1e-6),
     ops.silu_mul(20 * f(9, 77), f(9, 77)),
     ops.paged_attention(f(3, 4, 40), f(60, 16, 2, 40), f(60, 16, 2, 40),
+        np.arange(60, dtype=np.int32).reshape(2, 30), np.array([0, 1, 1], np.int32),
+        np.array([1, 479, 300], np.int32), 0.5),
+    ops.paged_attention(f(3, 4, 40), *f(2, 60, 16, 2, 40).astype(np.float16),
         np.arange(60, dtype=np.int32).reshape(2, 30), np.array([0, 1, 1], np.int32),
         np.array([1, 479, 300], np.int32), 0.5),
     *ops.router(f(11, 64), 6, sigmoid=True),

@@ -54,11 +54,16 @@ void check_cache(const pyrt_ops_kv_cache* cache) {
   if (cache->struct_size < sizeof *cache) {
     fail(PYRT_EINVAL, "cache.struct_size is %u; it must be %zu", cache->struct_size, sizeof *cache);
   }
-  if (cache->dtype != PYRT_KV_FLOAT32) {
-    fail(PYRT_EUNSUPPORTED, "cache.dtype is %u; PYRT_KV_FLOAT32 is supported", cache->dtype);
+  if (cache->dtype == PYRT_KV_FLOAT32) {
+    capi::require_array(static_cast<const float*>(cache->k), "cache.k");
+    capi::require_array(static_cast<const float*>(cache->v), "cache.v");
+  } else if (cache->dtype == PYRT_KV_FLOAT16) {
+    capi::require_array(static_cast<const uint16_t*>(cache->k), "cache.k");
+    capi::require_array(static_cast<const uint16_t*>(cache->v), "cache.v");
+  } else {
+    fail(PYRT_EUNSUPPORTED, "cache.dtype is %u; PYRT_KV_FLOAT32 and PYRT_KV_FLOAT16 are supported",
+         cache->dtype);
   }
-  capi::require_array(static_cast<const float*>(cache->k), "cache.k");
-  capi::require_array(static_cast<const float*>(cache->v), "cache.v");
   positive(cache->num_blocks, "cache.num_blocks");
   positive(cache->block_size, "cache.block_size");
   positive(cache->kv_heads, "cache.kv_heads");

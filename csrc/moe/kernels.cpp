@@ -26,11 +26,10 @@ bool has_avx_vnni() noexcept {  // the VEX form, which g++ 12 has no name for in
 const Named* all(int* count) noexcept {
 #if defined(__x86_64__)
   using simd::Level;
-  const bool f16c = __builtin_cpu_supports("f16c") != 0;
   static const Named tables[] = {
-      {"avx512_vnni", &kAvx512VnniKernels, f16c && simd::detected() == Level::avx512_vnni},
-      {"avx_vnni", &kAvxVnniKernels, f16c && simd::detected() >= Level::avx2 && has_avx_vnni()},
-      {"avx2", &kAvx2Kernels, f16c && simd::detected() >= Level::avx2},
+      {"avx512_vnni", &kAvx512VnniKernels, simd::detected() == Level::avx512_vnni},
+      {"avx_vnni", &kAvxVnniKernels, simd::detected() >= Level::avx2 && has_avx_vnni()},
+      {"avx2", &kAvx2Kernels, simd::detected() >= Level::avx2},
       {"scalar", &kScalarKernels, true}};
 #else
   static const Named tables[] = {{"scalar", &kScalarKernels, true}};

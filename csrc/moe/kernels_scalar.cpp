@@ -1,11 +1,14 @@
 #include <cmath>
 #include <cstring>
 
-#include "moe/half.hpp"
+#include "base/half.hpp"
 #include "moe/kernels.hpp"
 
 namespace pyruntime::moe {
 namespace {
+
+using base::from_half;
+
 #include "moe/kernels.inc.hpp"
 
 // Adds (total << bits) + sum of a group's codes times activations for each of the 16 rows.

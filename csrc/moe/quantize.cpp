@@ -6,12 +6,15 @@
 #include <cstring>
 #include <vector>
 
+#include "base/half.hpp"
 #include "base/status.hpp"
 #include "base/thread_pool.hpp"
-#include "moe/half.hpp"
 
 namespace pyruntime::moe {
 namespace {
+
+using base::from_half;
+using base::to_half;
 
 // Importance of the errors of a width in the search for a group's range, over that width's usual
 // error: MSE falls by 4 per bit.

@@ -2,6 +2,7 @@
 #include <cstring>
 #include <limits>
 
+#include "base/half.hpp"
 #include "base/thread_pool.hpp"
 #include "ops/kernels.hpp"
 #include "ops/ops.hpp"
@@ -24,6 +25,19 @@ void for_each_run(const int32_t* table, int64_t block_size, int64_t begin, int64
   }
 }
 
+auto dot_run(const Kernels& kernel, const float*) { return kernel.dot_run; }
+auto dot_run(const Kernels& kernel, const uint16_t*) { return kernel.dot_run_half; }
+auto weighted_run(const Kernels& kernel, const float*) { return kernel.weighted_run; }
+auto weighted_run(const Kernels& kernel, const uint16_t*) { return kernel.weighted_run_half; }
+
+void put(const float* from, int64_t count, float* to) {
+  std::memcpy(to, from, static_cast<size_t>(count) * sizeof *to);
+}
+void put(const float* from, int64_t count, uint16_t* to) {
+  for (int64_t i = 0; i < count; ++i) to[i] = base::to_half(from[i]);
+}
+
+template <class E>  // of the cache
 struct Query {
   const pyrt_ops_kv_cache& cache;
   const pyrt_ops_attention& call;
@@ -35,9 +49,9 @@ struct Query {
   float* out;
   uint8_t* above;
 
-  const float* at(const void* base, int32_t block, int64_t offset) const {
-    return static_cast<const float*>(base) + block * cache.block_stride +
-           offset * cache.slot_stride + kv_head * cache.head_stride;
+  const E* at(const void* base, int32_t block, int64_t offset) const {
+    return static_cast<const E*>(base) + block * cache.block_stride + offset * cache.slot_stride +
+           kv_head * cache.head_stride;
   }
 
   // Scores of one tile, holes left out; returns how many there are.
@@ -45,8 +59,9 @@ struct Query {
     int64_t filled = 0;
     for_each_run(table, cache.block_size, first, last,
                  [&](int32_t block, int64_t offset, int64_t count, int64_t) {
-                   kernel.dot_run(q, at(cache.k, block, offset), cache.slot_stride, count,
-                                  cache.head_dim, call.scale, scores + filled);
+                   const E* keys = at(cache.k, block, offset);
+                   dot_run(kernel, keys)(q, keys, cache.slot_stride, count, cache.head_dim,
+                                         call.scale, scores + filled);
                    filled += count;
                  });
     return filled;
@@ -74,8 +89,9 @@ struct Query {
       int64_t used = 0;
       for_each_run(table, cache.block_size, first, last,
                    [&](int32_t block, int64_t offset, int64_t count, int64_t) {
-                     kernel.weighted_run(scores + used, at(cache.v, block, offset),
-                                         cache.slot_stride, count, d, out);
+                     const E* values = at(cache.v, block, offset);
+                     weighted_run(kernel, values)(scores + used, values, cache.slot_stride, count,
+                                                  d, out);
                      used += count;
                    });
     }
@@ -102,12 +118,10 @@ struct Query {
   }
 };
 
-}  // namespace
-
-void kv_write(const pyrt_ops_kv_cache& cache, const int64_t* slots, int64_t n, const float* k,
-              const float* v) {
+template <class E>
+void write(const pyrt_ops_kv_cache& cache, const int64_t* slots, int64_t n, const float* k,
+           const float* v) {
   const int64_t d = cache.head_dim;
-  const size_t bytes = static_cast<size_t>(d) * sizeof(float);
   const int64_t grain = std::max<int64_t>(1, (1 << 14) / std::max<int64_t>(1, cache.kv_heads * d));
   base::ThreadPool::process().parallel_for(n, grain, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
@@ -117,14 +131,15 @@ void kv_write(const pyrt_ops_kv_cache& cache, const int64_t* slots, int64_t n, c
       for (int64_t head = 0; head < cache.kv_heads; ++head) {
         const int64_t to = at + head * cache.head_stride;
         const int64_t from = (row * cache.kv_heads + head) * d;
-        std::memcpy(static_cast<float*>(cache.k) + to, k + from, bytes);
-        std::memcpy(static_cast<float*>(cache.v) + to, v + from, bytes);
+        put(k + from, d, static_cast<E*>(cache.k) + to);
+        put(v + from, d, static_cast<E*>(cache.v) + to);
       }
     }
   });
 }
 
-void paged_attention(const pyrt_ops_kv_cache& cache, const pyrt_ops_attention& call) {
+template <class E>
+void attend(const pyrt_ops_kv_cache& cache, const pyrt_ops_attention& call) {
   const int64_t d = cache.head_dim;
   const int64_t group = call.heads / cache.kv_heads;
   const Kernels& kernel = kernels();
@@ -146,15 +161,29 @@ void paged_attention(const pyrt_ops_kv_cache& cache, const pyrt_ops_attention& c
       for (int64_t i = 0; i < call.heads / parts; ++i) {
         const int64_t head = head_begin + i;
         const int64_t at = (row * call.heads + head) * d;
-        Query{cache,         call,
-              kernel,        first,
-              visible,       call.tables + call.rows[row] * call.table_stride,
-              head / group,  call.q + at,
-              call.out + at, call.above == nullptr ? nullptr : call.above + row * call.above_stride}
+        Query<E>{
+            cache,         call,
+            kernel,        first,
+            visible,       call.tables + call.rows[row] * call.table_stride,
+            head / group,  call.q + at,
+            call.out + at, call.above == nullptr ? nullptr : call.above + row * call.above_stride}
             .run();
       }
     }
   });
+}
+
+}  // namespace
+
+void kv_write(const pyrt_ops_kv_cache& cache, const int64_t* slots, int64_t n, const float* k,
+              const float* v) {
+  const auto run = cache.dtype == PYRT_KV_FLOAT16 ? write<uint16_t> : write<float>;
+  run(cache, slots, n, k, v);
+}
+
+void paged_attention(const pyrt_ops_kv_cache& cache, const pyrt_ops_attention& call) {
+  const auto run = cache.dtype == PYRT_KV_FLOAT16 ? attend<uint16_t> : attend<float>;
+  run(cache, call);
 }
 
 }  // namespace pyruntime::ops

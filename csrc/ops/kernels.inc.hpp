@@ -2,7 +2,8 @@
 // standard library is called here: an inline one compiled for AVX-512 could be the copy the linker
 // keeps.
 
-inline V load_at_most(const float* p, int64_t left) {
+template <class E>  // float, or uint16_t: a half
+inline V load_at_most(const E* p, int64_t left) {
   return left >= 16 ? load(p) : load_part(p, left);
 }
 inline void store_at_most(float* p, int64_t left, V v) {
@@ -131,11 +132,12 @@ void combine(const float* const* rows, const float* weights, int64_t count, int6
   }
 }
 
-void dot_run(const float* q, const float* k, int64_t stride, int64_t count, int64_t d, float scale,
+template <class E>
+void dot_run(const float* q, const E* k, int64_t stride, int64_t count, int64_t d, float scale,
              float* scores) {
   int64_t p = 0;
   for (; p + 4 <= count; p += 4) {
-    const float* row = k + p * stride;
+    const E* row = k + p * stride;
     V total[4] = {set1(0.0f), set1(0.0f), set1(0.0f), set1(0.0f)};
     for (int64_t i = 0; i < d; i += 16) {
       const V query = load_at_most(q + i, d - i);
@@ -154,7 +156,8 @@ void dot_run(const float* q, const float* k, int64_t stride, int64_t count, int6
   }
 }
 
-void weighted_run(const float* weights, const float* v, int64_t stride, int64_t count, int64_t d,
+template <class E>
+void weighted_run(const float* weights, const E* v, int64_t stride, int64_t count, int64_t d,
                   float* out) {
   int64_t i = 0;
   for (; i + 64 <= d; i += 64) {
@@ -162,7 +165,7 @@ void weighted_run(const float* weights, const float* v, int64_t stride, int64_t 
     for (int j = 0; j < 4; ++j) total[j] = load(out + i + 16 * j);
     for (int64_t p = 0; p < count; ++p) {
       const V weight = set1(weights[p]);
-      const float* row = v + p * stride + i;
+      const E* row = v + p * stride + i;
       for (int j = 0; j < 4; ++j) total[j] = fma(weight, load(row + 16 * j), total[j]);
     }
     for (int j = 0; j < 4; ++j) store(out + i + 16 * j, total[j]);

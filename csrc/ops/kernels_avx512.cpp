@@ -4,11 +4,12 @@
 #include "ops/kernels.hpp"
 
 #if defined(__clang__)
-#pragma clang attribute push( \
-    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))), apply_to = function)
+#pragma clang attribute push(                                                    \
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), \
+    apply_to = function)
 #else
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 #endif
 
 namespace pyruntime::ops {
@@ -18,8 +19,19 @@ namespace {
 #include "ops/kernels.inc.hpp"
 }  // namespace
 
-const Kernels kAvx512Kernels = {linear, rms_norm, silu_mul, combine, dot_run,   weighted_run,
-                                max_of, exp_sum,  scale_by, sum_exp, exp_scaled};
+const Kernels kAvx512Kernels = {linear,
+                                rms_norm,
+                                silu_mul,
+                                combine,
+                                dot_run<float>,
+                                dot_run<uint16_t>,
+                                weighted_run<float>,
+                                weighted_run<uint16_t>,
+                                max_of,
+                                exp_sum,
+                                scale_by,
+                                sum_exp,
+                                exp_scaled};
 
 }  // namespace pyruntime::ops
 

@@ -14,6 +14,16 @@ inline __m256i mask8(int64_t count) {
 inline V load_part(const float* p, int64_t count) {
   return {_mm256_maskload_ps(p, mask8(count)), _mm256_maskload_ps(p + 8, mask8(count - 8))};
 }
+inline V load(const uint16_t* p) {
+  const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return {_mm256_cvtph_ps(_mm256_castsi256_si128(halves)),
+          _mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1))};
+}
+inline V load_part(const uint16_t* p, int64_t count) {
+  uint16_t whole[16] = {};
+  for (int64_t i = 0; i < count; ++i) whole[i] = p[i];
+  return load(whole);
+}
 inline void store(float* p, V v) {
   _mm256_storeu_ps(p, v.low);
   _mm256_storeu_ps(p + 8, v.high);

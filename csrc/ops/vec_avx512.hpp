@@ -9,6 +9,12 @@ inline __mmask16 mask16(int64_t count) { return static_cast<__mmask16>((1u << co
 inline V load_part(const float* p, int64_t count) {
   return _mm512_maskz_loadu_ps(mask16(count), p);
 }
+inline V load(const uint16_t* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+inline V load_part(const uint16_t* p, int64_t count) {
+  return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask16(count), p));
+}
 inline void store(float* p, V v) { _mm512_storeu_ps(p, v); }
 inline void store_part(float* p, int64_t count, V v) { _mm512_mask_storeu_ps(p, mask16(count), v); }
 inline V add(V a, V b) { return _mm512_add_ps(a, b); }

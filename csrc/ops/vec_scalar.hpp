@@ -12,6 +12,10 @@ struct V {
 inline V set1(float x) { PYRT_LANES(x); }
 inline V load(const float* p) { PYRT_LANES(p[i]); }
 inline V load_part(const float* p, int64_t count) { PYRT_LANES(i < count ? p[i] : 0.0f); }
+inline V load(const uint16_t* p) { PYRT_LANES(base::from_half(p[i])); }
+inline V load_part(const uint16_t* p, int64_t count) {
+  PYRT_LANES(i < count ? base::from_half(p[i]) : 0.0f);
+}
 inline void store(float* p, V v) {
   for (int i = 0; i < 16; ++i) p[i] = v.lane[i];
 }

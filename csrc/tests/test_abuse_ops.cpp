@@ -118,6 +118,10 @@ std::vector<Row> ops_rows(OpsState& s) {
       {"pyrt_ops_paged_attention", "cache size", attention([](C& c, A&) { c.struct_size = 0; })},
       {"pyrt_ops_paged_attention", "dtype", attention([](C& c, A&) { c.dtype = 9; }),
        PYRT_EUNSUPPORTED},
+      {"pyrt_ops_paged_attention", "misaligned halves", attention([](C& c, A&) {
+         c.dtype = PYRT_KV_FLOAT16;
+         c.v = static_cast<char*>(c.v) + 1;
+       })},
       {"pyrt_ops_paged_attention", "null k", attention([](C& c, A&) { c.k = nullptr; })},
       {"pyrt_ops_paged_attention", "misaligned k",
        attention([](C& c, A&) { c.k = static_cast<char*>(c.k) + 1; })},

@@ -6,15 +6,18 @@
 #include <random>
 #include <vector>
 
+#include "base/half.hpp"
 #include "base/status.hpp"
 #include "moe/ffn.hpp"
-#include "moe/half.hpp"
 #include "moe/kernels.hpp"
 #include "moe/quantize.hpp"
 #include "tests/support/nested.hpp"
 
 namespace pyruntime::moe {
 namespace {
+
+using base::from_half;
+using base::to_half;
 
 TEST(MoeHalf, AllHalvesComeBackAndRoundingIsToNearest) {
   for (uint32_t h = 0; h < 0x7c00; ++h) {
@@ -28,6 +31,9 @@ TEST(MoeHalf, AllHalvesComeBackAndRoundingIsToNearest) {
   }
   EXPECT_EQ(to_half(1e6f), 0x7bff);
   EXPECT_EQ(to_half(-1e6f), 0xfbff);
+  EXPECT_EQ(to_half(INFINITY), 0x7bff);
+  EXPECT_TRUE(std::isnan(from_half(to_half(-NAN))));
+  EXPECT_EQ(from_half(0xfc00), -INFINITY);
 }
 
 TEST(MoeQuantize, ErrorFallsWithWidthAndIsWhatItSays) {

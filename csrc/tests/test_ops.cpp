@@ -9,6 +9,7 @@
 #include <random>
 #include <vector>
 
+#include "base/half.hpp"
 #include "base/thread_pool.hpp"
 #include "ops/kernels.hpp"
 #include "ops/ops.hpp"
@@ -84,6 +85,14 @@ TEST_P(Levels, AgreeWithScalarBitForBit) {
     scalar.weighted_run(want_scores.data(), x.data(), k, n, k, want_out.data());
     kernel.weighted_run(want_scores.data(), x.data(), k, n, k, got_out.data());
     EXPECT_TRUE(same(want_out, got_out)) << "weighted_run";
+    std::vector<uint16_t> halves(x.size());
+    std::transform(x.begin(), x.end(), halves.begin(), base::to_half);
+    scalar.dot_run_half(w.data(), halves.data(), k, n, k, 0.3f, want_scores.data());
+    kernel.dot_run_half(w.data(), halves.data(), k, n, k, 0.3f, got_scores.data());
+    EXPECT_TRUE(same(want_scores, got_scores)) << "dot_run_half";
+    scalar.weighted_run_half(want_scores.data(), halves.data(), k, n, k, want_out.data());
+    kernel.weighted_run_half(want_scores.data(), halves.data(), k, n, k, got_out.data());
+    EXPECT_TRUE(same(want_out, got_out)) << "weighted_run_half";
     const float* rows[] = {x.data(), nullptr, w.data()};
     const float factors[] = {0.7f, 9.0f, -1.3f};
     scalar.combine(rows, factors, 3, k, want_out.data());

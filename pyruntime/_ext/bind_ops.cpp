@@ -64,8 +64,7 @@ T* matrix(const Array<T>& array, int64_t rows, int64_t columns, int64_t* stride,
   return const_cast<T*>(array.data());
 }
 
-template <class T>
-void writeable(const Array<T>& array, const char* name) {
+void writeable(const py::array& array, const char* name) {
   if (!array.writeable()) refuse(std::string(name) + " must be writeable");
 }
 
@@ -138,14 +137,20 @@ void rope(const Floats& x, const Array<int32_t>& positions, const Floats& cos, c
   call([=] { return pyrt_ops_rope(xs, n, heads, d, ps, cs, ss, rows, half); });
 }
 
-pyrt_ops_kv_cache cache_of(const Floats& k, const Floats& v) {
+pyrt_ops_kv_cache cache_of(const py::array& k, const py::array& v) {
+  const auto type_of = [](const py::array& array) {
+    if (py::isinstance<Floats>(array)) return PYRT_KV_FLOAT32;
+    if (array.dtype().equal(py::dtype("float16"))) return PYRT_KV_FLOAT16;
+    refuse("k_cache and v_cache must be of float32 or float16");
+  };
   if (k.ndim() != 4 || v.ndim() != 4) {
     refuse("k_cache and v_cache must be [blocks, slots, kv heads, head dim]");
   }
   pyrt_ops_kv_cache cache{};
   cache.struct_size = sizeof cache;
-  cache.dtype = PYRT_KV_FLOAT32;
-  constexpr auto item = static_cast<py::ssize_t>(sizeof(float));
+  cache.dtype = type_of(k);
+  if (type_of(v) != cache.dtype) refuse("k_cache and v_cache must have the same type");
+  const py::ssize_t item = k.itemsize();
   for (int axis = 0; axis < 4; ++axis) {
     if (k.shape(axis) != v.shape(axis) || k.strides(axis) != v.strides(axis)) {
       refuse("k_cache and v_cache must have the same shape and strides");
@@ -153,8 +158,8 @@ pyrt_ops_kv_cache cache_of(const Floats& k, const Floats& v) {
     if (k.strides(axis) % item != 0 || k.strides(axis) < 0) refuse("k_cache: unusable strides");
   }
   if (k.shape(3) > 1 && k.strides(3) != item) refuse("k_cache must be contiguous along head dim");
-  cache.k = const_cast<float*>(k.data());
-  cache.v = const_cast<float*>(v.data());
+  cache.k = const_cast<void*>(k.data());
+  cache.v = const_cast<void*>(v.data());
   cache.num_blocks = k.shape(0);
   cache.block_size = k.shape(1);
   cache.kv_heads = k.shape(2);
@@ -165,7 +170,7 @@ pyrt_ops_kv_cache cache_of(const Floats& k, const Floats& v) {
   return cache;
 }
 
-void kv_write(const Floats& k_cache, const Floats& v_cache, const Array<int64_t>& slots,
+void kv_write(const py::array& k_cache, const py::array& v_cache, const Array<int64_t>& slots,
               const Floats& k, const Floats& v) {
   writeable(k_cache, "k_cache");
   writeable(v_cache, "v_cache");
@@ -177,7 +182,7 @@ void kv_write(const Floats& k_cache, const Floats& v_cache, const Array<int64_t>
   call([&] { return pyrt_ops_kv_write(&cache, at, n, ks, vs); });
 }
 
-void paged_attention(const Floats& q, const Floats& k_cache, const Floats& v_cache,
+void paged_attention(const Floats& q, const py::array& k_cache, const py::array& v_cache,
                      const Array<int32_t>& tables, const Array<int32_t>& rows,
                      const Array<int32_t>& visible, float scale, int32_t window, const Floats& out,
                      std::optional<float> alpha, const std::optional<Array<uint8_t>>& above) {

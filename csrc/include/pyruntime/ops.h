@@ -50,14 +50,15 @@ PYRT_API pyrt_status pyrt_ops_rope(float* x, int64_t n, int64_t heads, int64_t d
                                    const int32_t* positions, const float* cos, const float* sin,
                                    int64_t rows, int64_t half) PYRT_NOEXCEPT;
 
-/* Element type of a KV cache. */
-enum { PYRT_KV_FLOAT32 = 0 };
+/* Element type of a KV cache. IEEE binary16 is rounded to nearest even when written, what is too
+ * large to its largest finite value; all arithmetic is in float32. */
+enum { PYRT_KV_FLOAT32 = 0, PYRT_KV_FLOAT16 = 1 };
 
 /* The K and V of one layer in blocks. Element (block, slot, head, i) of K is at
  * k + block * block_stride + slot * slot_stride + head * head_stride + i, likewise V. */
 typedef struct pyrt_ops_kv_cache {
   uint32_t struct_size;
-  uint32_t dtype; /* PYRT_KV_FLOAT32 */
+  uint32_t dtype; /* PYRT_KV_FLOAT32 or PYRT_KV_FLOAT16 */
   void* k;
   void* v;
   int64_t num_blocks;

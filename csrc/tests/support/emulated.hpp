@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "moe/half.hpp"
+#include "base/half.hpp"
 
 namespace emulated {
 
@@ -80,7 +80,7 @@ inline Floats from_halves(const uint8_t* at) {
   for (int i = 0; i < 16; ++i) {
     uint16_t half;
     std::memcpy(&half, at + 2 * i, 2);
-    out.lane[i] = pyruntime::moe::from_half(half);
+    out.lane[i] = pyruntime::base::from_half(half);
   }
   return out;
 }
