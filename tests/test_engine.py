@@ -126,6 +126,25 @@ def test_a_stopped_plan_resumes_where_it_stood():
     assert len(stopped.engine.tokens(1)) == 41
 
 
+def test_a_stopped_plan_keeps_its_activations():
+    prompt = reference("olmoe")["prompt"]
+    whole, stopped = Bench("olmoe"), Bench("olmoe")
+    for bench in (whole, stopped):
+        bench.add(1, prompt)
+        bench.add(2, prompt[::-1])
+    wanted = [whole.prefill(r, return_logits=True).logits for r in (1, 2)]
+    plan, tables = stopped.plan(prefill=[(1, 0, 40, 0, 3)])
+    stop = ops.StopFlag()
+    stop.set()
+    for _ in range(9):
+        assert stopped.engine.run(plan, tables, stop, return_logits=True).stopped
+    other = stopped.prefill(2, return_logits=True).logits
+    stop.clear()
+    np.testing.assert_array_equal(other, wanted[1])
+    result = stopped.engine.run(plan, tables, stop, return_logits=True)
+    np.testing.assert_array_equal(result.logits, wanted[0])
+
+
 def test_a_dropped_plan_leaves_no_trace():
     prompt = reference("olmoe")["prompt"]
     whole, bench = Bench("olmoe"), Bench("olmoe")
