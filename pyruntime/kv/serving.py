@@ -137,6 +137,7 @@ class ServingPool:
         space = self._spaces.get(namespace)
         if space is None:
             space = self._spaces[namespace] = self.pool.namespace(namespace)
+        self._return_memory(tokens, space)
         seq = self._native.open(space)
         cached = self.pool.admit(seq, tokens, reserve=reserve)
         known = _Request(seq, cached // self.block_size, namespace=namespace)
@@ -144,6 +145,13 @@ class ServingPool:
         if self._disk is not None:
             cached = self._restore(known, tokens, cached, self._disk)
         return cached
+
+    def _return_memory(self, tokens: NDArray[np.int32], space: int) -> None:
+        """Return what a burst took, when who comes first after it finds little of use there."""
+        if self._memory is None or self._requests or not self._memory.exceeded:
+            return
+        if 2 * self.pool.match(tokens, space=space).tokens < len(tokens):
+            self._memory.give_back()
 
     def _restore(
         self, known: _Request, tokens: NDArray[np.int32], cached: int, disk: DiskCache
