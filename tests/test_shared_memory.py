@@ -8,13 +8,17 @@ import numpy as np
 import pytest
 
 from pyruntime import LLM, errors
+from pyruntime.engine.config import ModelConfig
 from pyruntime.engine.layers import activation_bytes
 from pyruntime.engine.llm import BLOCK_SIZE, STEP_TOKENS, make_loop
-from pyruntime.engine.memory import plan_memory
+from pyruntime.engine.loader import dense_bytes, load_weights
+from pyruntime.engine.memory import EXTENT_OVERHEAD, plan_memory
 from pyruntime.engine.messages import Submit
 from pyruntime.engine.quantize import quantize
+from pyruntime.engine.stored import STORE_NAME
 from pyruntime.kv import BlockMemory, BlockPool, KvGroup, KvStorage, ServingPool
 from pyruntime.models import shipped
+from pyruntime.moe import ExpertStore
 from pyruntime.pool import UNIT_BYTES, Budget
 from tests.stepping import DATA
 
@@ -40,7 +44,7 @@ def parts(llm, **changed):
     engine = llm.loop.engine
     return {
         "dense": engine.weights.dense_bytes,
-        "other": 0,
+        "other": EXTENT_OVERHEAD * len(engine.experts.store.extents),
         "activations": activation_bytes(engine.config, STEP_TOKENS + RUNNING, RUNNING),
         "experts": 0,
         "kv_most": 1 << 40,
@@ -470,6 +474,25 @@ def test_resident_memory_stays_within_the_budget(directory, budget, policy):
     peak, kv, failed = map(int, done.stdout.split())
     assert failed == 0 and kv >= 4 * MIB
     assert peak <= 1.05 * budget
+
+
+@pytest.mark.parametrize("case", ["mixtral_window", "qwen2moe", "olmoe"])
+@pytest.mark.parametrize("dense_bits", [None, 8])
+def test_dense_bytes_are_known_before_any_is_read(tmp_path, case, dense_bits):
+    quantize(DATA / case, tmp_path / "q", layout="422", dense_bits=dense_bits)
+    config = ModelConfig.load(tmp_path / "q")
+    store = ExpertStore(tmp_path / "q" / STORE_NAME)
+    loaded = load_weights(tmp_path / "q", config, store=store).dense_bytes
+    assert loaded <= dense_bytes(tmp_path / "q", store) <= 1.05 * loaded
+
+
+def test_a_small_budget_is_refused_before_weights_are_read(directory, monkeypatch):
+    def load(*_):
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr("pyruntime.engine.llm.load_weights", load)
+    with pytest.raises(errors.CapacityError, match="needs at least"):
+        make_loop(directory, memory_budget=MIB)
 
 
 @pytest.mark.parametrize("case", ["mixtral_window", "qwen2moe"])

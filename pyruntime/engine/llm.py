@@ -13,9 +13,9 @@ from typing import Any
 from pyruntime.engine.client import ThreadClient
 from pyruntime.engine.config import ModelConfig
 from pyruntime.engine.layers import activation_bytes, predictor
-from pyruntime.engine.loader import Progress, load_weights
+from pyruntime.engine.loader import Progress, dense_bytes, load_weights
 from pyruntime.engine.loop import EngineLoop
-from pyruntime.engine.memory import BLOCK_OVERHEAD, MemoryPlan, plan_memory
+from pyruntime.engine.memory import BLOCK_OVERHEAD, EXTENT_OVERHEAD, MemoryPlan, plan_memory
 from pyruntime.engine.messages import Delta, Submit, TokenLogprobs
 from pyruntime.engine.runner import Engine, kv_groups
 from pyruntime.engine.sampling import SamplingParams
@@ -126,7 +126,6 @@ def make_loop(
 
     store = open_store(model, config)
     need_store(store, model, bits)
-    weights = load_weights(model, config, progress, store)
     rows, floor, plan = 0, 1, None
     shared: Budget | None = None  # what the KV cache and the experts draw on
     if memory_budget is not None:
@@ -139,7 +138,7 @@ def make_loop(
             hidden_budget // (config.hidden * 4),
             getattr(chosen.partition, "min_tokens", 0),
             block_bytes,
-            dense=weights.dense_bytes,
+            dense=dense_bytes(model, store),
             other=swap_bytes + (2 * QUEUE_BYTES if disk_cache is not None else 0),
             kv_most=kv_bytes,
             groups=len(groups),
@@ -148,6 +147,7 @@ def make_loop(
         rows = max(hidden_tokens, STEP_TOKENS) + max_running
         shared = Budget(plan.shared)
     kv_bytes = kv_bytes - hidden_budget if plan is None else plan.kv
+    weights = load_weights(model, config, progress, store)
     num_blocks = kv_bytes // block_bytes  # pages appear as they are written
     experts: ExpertCache | StoreExperts | None = None
     if cached:
@@ -248,6 +248,7 @@ def _plan(
     per_token = config.hidden * 4 + activation_bytes(config, 1, 0) - activation_bytes(config, 0, 0)
     hidden = min(hidden_most, budget // 8 // per_token)
     hidden = 0 if hidden < hidden_least else hidden
+    other += EXTENT_OVERHEAD * len(store.extents)
     context = -(-min(STEP_TOKENS, config.max_len) // BLOCK_SIZE) * block_bytes
     for tokens, floor in ((hidden, 1), (0, 1), (0, 0)):
         left = kv_most - tokens * config.hidden * 4

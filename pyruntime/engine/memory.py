@@ -18,11 +18,13 @@ from dataclasses import asdict, dataclass
 from pyruntime.errors import CapacityError
 from pyruntime.pool import UNIT_BYTES
 
-__all__ = ["BLOCK_OVERHEAD", "MemoryPlan", "plan_memory"]
+__all__ = ["BLOCK_OVERHEAD", "EXTENT_OVERHEAD", "MemoryPlan", "plan_memory"]
 
 _MIB = 1 << 20
 BLOCK_OVERHEAD = 256
 """Bytes that the pool needs to know of a block, in each KV group."""
+EXTENT_OVERHEAD = 2560
+"""Bytes that the store and the cache need to know of a plane."""
 _RUNTIME = 6 * _MIB
 """The pool's events and tables, code and thread stacks as they are first used, requests."""
 
@@ -34,7 +36,7 @@ class MemoryPlan:
     budget: int
     dense: int
     other: int
-    """Keys and values swapped out, hidden states between layer slices, and queues."""
+    """Keys and values swapped out, hidden states between layer slices, queues, the index."""
     runtime: int
     """Of the engine, whatever the model."""
     activations: int
