@@ -30,7 +30,8 @@ class Bench:
 
     def __init__(self, case="qwen3moe", num_blocks=64, block_size=4):
         config, weights = load(case)
-        self.engine = Engine(config, weights, num_blocks, block_size)
+        # Activations keep their memory: what a step leaves there must not reach another.
+        self.engine = Engine(config, weights, num_blocks, block_size, step_rows=8)
         self.pool = ReferenceBlockPool(num_blocks, block_size, config.num_layers)
         self.layers = config.num_layers
         self.plans = 0

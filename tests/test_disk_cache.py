@@ -248,7 +248,8 @@ def compute(pool, storage, request, tokens, first, end):
     pool.commit(request, end, len(storage.keys), tokens)
 
 
-def test_windows_and_groups(tmp_path):
+@pytest.mark.parametrize("blocks", [64, 9, 4, 1])
+def test_windows_and_groups(tmp_path, blocks):
     groups = [KvGroup((0, 2), 0, 4), KvGroup((1,), 6, 4)]
     tokens = np.arange(40, dtype=np.int32)
     pool, storage, _ = pool_with_disk(tmp_path / "kv", groups)
@@ -256,9 +257,13 @@ def test_windows_and_groups(tmp_path):
     for first, end in ((0, 10), (10, 11), (11, 30), (30, 40)):
         compute(pool, storage, 1, tokens, first, end)
     pool.close()
-    pool, storage, cache = pool_with_disk(tmp_path / "kv", groups)
+    item = DiskCache.item_bytes(storage)
+    pool, storage, cache = pool_with_disk(tmp_path / "kv", groups, queue_bytes=blocks * item)
+    sizes, load = [], cache.load
+    cache.load = lambda keys: sizes.append(len(keys)) or load(keys)
     assert pool.admit(1, tokens) == 36
-    assert cache.stats()["found"] == 9
+    assert cache.stats()["found"] == sum(sizes) == 9
+    assert max(sizes) <= blocks
     tables = pool.step([(1, 40)])
     for layer in range(3):
         row = tables.groups[storage.group_of[layer]].tables[0]

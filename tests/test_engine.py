@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from pyruntime import errors, ops
 from pyruntime.engine.config import ModelConfig
-from pyruntime.engine.loader import load_weights
+from pyruntime.engine.loader import Checkpoint, load_weights
 from pyruntime.engine.runner import OPERATORS
 from pyruntime.engine.sampling import SamplingParams
 from pyruntime.sched import Preempt
@@ -124,6 +124,25 @@ def test_a_stopped_plan_resumes_where_it_stood():
     assert len(reached) == 3 * len(OPERATORS) + 1
     np.testing.assert_array_equal(result.logits, wanted)
     assert len(stopped.engine.tokens(1)) == 41
+
+
+def test_a_stopped_plan_keeps_its_activations():
+    prompt = reference("olmoe")["prompt"]
+    whole, stopped = Bench("olmoe"), Bench("olmoe")
+    for bench in (whole, stopped):
+        bench.add(1, prompt)
+        bench.add(2, prompt[::-1])
+    wanted = [whole.prefill(r, return_logits=True).logits for r in (1, 2)]
+    plan, tables = stopped.plan(prefill=[(1, 0, 40, 0, 3)])
+    stop = ops.StopFlag()
+    stop.set()
+    for _ in range(9):
+        assert stopped.engine.run(plan, tables, stop, return_logits=True).stopped
+    other = stopped.prefill(2, return_logits=True).logits
+    stop.clear()
+    np.testing.assert_array_equal(other, wanted[1])
+    result = stopped.engine.run(plan, tables, stop, return_logits=True)
+    np.testing.assert_array_equal(result.logits, wanted[0])
 
 
 def test_a_dropped_plan_leaves_no_trace():
@@ -284,6 +303,32 @@ def test_both_spellings_mean_the_same():
     first, second = ModelConfig.from_dict(new), ModelConfig.from_dict(old)
     np.testing.assert_array_equal(first.rope.inv_freq, second.rope.inv_freq)
     assert first.num_experts == second.num_experts
+
+
+# Checkpoints
+
+
+@pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
+def test_tensors_are_read_in_pieces(tmp_path, monkeypatch, dtype):
+    values = np.random.default_rng(0).normal(size=(3, 701)).astype(np.float32)
+    raw = values.astype(np.float16) if dtype == "F16" else values
+    if dtype == "BF16":
+        raw = (values.view(np.uint32) >> 16).astype(np.uint16)
+        values = (raw.astype(np.uint32) << 16).view(np.float32)
+    entry = {"dtype": dtype, "shape": [3, 701], "data_offsets": [0, raw.nbytes]}
+    header = json.dumps({"a": entry}).encode()
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(len(header).to_bytes(8, "little") + header + raw.tobytes())
+    checkpoint = Checkpoint(tmp_path)
+    for piece in (1 << 20, 1000, raw.nbytes):
+        monkeypatch.setattr("pyruntime.engine.loader._PIECE", piece)
+        got = checkpoint.read("a", (3, 701))
+        np.testing.assert_array_equal(got, raw if dtype == "F16" else values)
+        assert checkpoint.raw("a") == raw.tobytes()
+    with file.open("r+b") as shorter:
+        shorter.truncate(file.stat().st_size - 1)
+    with pytest.raises(errors.CorruptDataError, match="shrank"):
+        checkpoint.read("a", (3, 701))
 
 
 # Checkpoints that lie

@@ -230,9 +230,9 @@ def test_what_is_refused(directory, store):
         ExpertCache(store, 64 << 20, order="random")
     with pytest.raises(errors.InvalidArgumentError, match="3 bits"):
         ExpertCache(store, 64 << 20, policy=Fixed(3))
-    with pytest.raises(errors.CapacityError, match="leaves nothing for experts"):
+    with pytest.raises(errors.CapacityError, match="needs at least"):
         LLM(directory, memory_budget=4 << 20)
-    with pytest.raises(errors.CapacityError, match="leaves nothing for experts"):
+    with pytest.raises(errors.CapacityError, match="needs at least"):
         make_loop(directory, policy="swap", swap_bytes=256 << 20, memory_budget=256 << 20)
     with pytest.raises(errors.InvalidArgumentError, match="quantize"):
         LLM(shipped(), memory_budget=256 << 20)

@@ -32,7 +32,8 @@ Cache::Cache(const Store& store, std::unique_ptr<Reader> reader, const Options& 
       process_(getpid()),
       levels_(store.header().levels),
       experts_(store.header().num_experts),
-      slot_of_layer_(store.header().num_layers, -1) {
+      slot_of_layer_(store.header().num_layers, -1),
+      scratch_(std::min(options.scratch_bytes, kScratchBytes)) {
   for (uint32_t l = 0; l < levels_; ++l) {
     plane_bytes_[l] = padded(static_cast<uint64_t>(store.extent_bytes(static_cast<int>(l))));
     minimum_ += plane_bytes_[l];

@@ -188,8 +188,9 @@ class Cache {
   std::vector<Layer> layers_;
   pool::BudgetClient* client_ = nullptr;
 
-  std::mutex call_mutex_;  // one call at a time; taken before mutex_
-  std::mutex mutex_;       // guards what follows, and layers_[].planes
+  std::mutex call_mutex_;  // one call at a time, which uses scratch_; taken before mutex_
+  const Scratch scratch_;
+  std::mutex mutex_;  // guards what follows, and layers_[].planes
   std::condition_variable work_, done_;
   std::vector<Plane> planes_;
   std::vector<Expert> table_;

@@ -245,7 +245,7 @@ void Cache::ffn(int64_t layer, const Routing& routing, const uint8_t* floors, fl
   }
   for (int64_t first = 0; first < routing.n; first += group) {
     const int64_t count = std::min(group, routing.n - first);
-    Ffn run(experts, resolved.part(first, count, hidden));
+    Ffn run(experts, resolved.part(first, count, hidden), &scratch_);
     {
       std::unique_lock lock(mutex_);
       ++calls_;

@@ -53,6 +53,8 @@ Nested matrix_of(const LayerExperts& layer, const Ffn::Bucket& bucket, int matri
                 layer.units[bucket.expert * 3 + matrix]);
 }
 
+constexpr size_t kLine = 64;
+
 int64_t whole_vectors(int64_t floats) { return (floats + 15) / 16 * 16; }
 
 int64_t num_rows(const Routing& routing) {
@@ -63,10 +65,11 @@ int64_t num_rows(const Routing& routing) {
 
 }  // namespace
 
-Scratch::Scratch(int64_t bytes)
-    : at(static_cast<uint8_t*>(::operator new(static_cast<size_t>(std::max<int64_t>(bytes, 1)),
-                                              std::align_val_t{64}))) {}
-Scratch::~Scratch() { ::operator delete(at, std::align_val_t{64}); }
+Scratch::Scratch(int64_t size)
+    : bytes(std::max<int64_t>(size, 1)),
+      at(static_cast<uint8_t*>(
+          ::operator new(static_cast<size_t>(bytes), std::align_val_t{kLine}))) {}
+Scratch::~Scratch() { ::operator delete(at, std::align_val_t{kLine}); }
 
 Routing Routing::part(int64_t first, int64_t count, int64_t hidden) const noexcept {
   Routing some = *this;
@@ -79,18 +82,12 @@ Routing Routing::part(int64_t first, int64_t count, int64_t hidden) const noexce
   return some;
 }
 
-Ffn::Ffn(const LayerExperts& layer, const Routing& routing)
+Ffn::Ffn(const LayerExperts& layer, const Routing& routing, const Scratch* kept)
     : layer_(layer),
       routing_(routing),
       rows_(num_rows(routing)),
       inner_floats_(whole_vectors(inner())),
       hidden_floats_(whole_vectors(hidden())),
-      coded_(routing.n * row_bytes(hidden())),
-      coded_inner_(rows_ * row_bytes(inner())),
-      floats_(rows_ * (2 * inner_floats_ + hidden_floats_) * 4),
-      gate_(reinterpret_cast<float*>(floats_.at)),
-      up_(gate_ + rows_ * inner_floats_),
-      result_(up_ + rows_ * inner_floats_),
       places_(static_cast<size_t>(routing.n * routing.top_k), -1),
       marks_(static_cast<size_t>(rows_), 0),
       in_(static_cast<size_t>(rows_)),
@@ -99,6 +96,14 @@ Ffn::Ffn(const LayerExperts& layer, const Routing& routing)
       to_up_(in_.size()),
       to_result_(in_.size()) {
   const int64_t d = hidden(), f = inner();
+  const int64_t coded = routing.n * row_bytes(d) + rows_ * row_bytes(f);
+  const int64_t bytes = coded + rows_ * (2 * inner_floats_ + hidden_floats_) * 4;
+  if (kept == nullptr || kept->bytes < bytes) kept = &own_.emplace(bytes);
+  coded_ = kept->at;
+  coded_inner_ = coded_ + routing.n * row_bytes(d);
+  gate_ = reinterpret_cast<float*>(coded_ + coded);
+  up_ = gate_ + rows_ * inner_floats_;
+  result_ = up_ + rows_ * inner_floats_;
   const auto keys = static_cast<size_t>(layer.experts * layer.levels);
   std::vector<int64_t> starts(keys + 1, 0);
   const auto key_of = [&](int64_t s) {
@@ -119,11 +124,11 @@ Ffn::Ffn(const LayerExperts& layer, const Routing& routing)
     if (routing.skipped(s)) continue;
     const int64_t row = starts[key_of(s)]++;
     places_[static_cast<size_t>(s)] = row;
-    in_[static_cast<size_t>(row)] = row_at(coded_.at + s / routing.top_k * row_bytes(d), d);
+    in_[static_cast<size_t>(row)] = row_at(coded_ + s / routing.top_k * row_bytes(d), d);
   }
   for (int64_t row = 0; row < rows_; ++row) {
     const auto i = static_cast<size_t>(row);
-    back_[i] = row_at(coded_inner_.at + row * row_bytes(f), f);
+    back_[i] = row_at(coded_inner_ + row * row_bytes(f), f);
     to_gate_[i] = gate_ + row * inner_floats_;
     to_up_[i] = up_ + row * inner_floats_;
     to_result_[i] = result_ + row * hidden_floats_;
@@ -131,7 +136,7 @@ Ffn::Ffn(const LayerExperts& layer, const Routing& routing)
   base::ThreadPool::process().parallel_for(
       routing.n, std::max<int64_t>(1, (1 << 15) / d), [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
-          kernels().quantize(routing.x + i * d, d, coded_.at + i * row_bytes(d));
+          kernels().quantize(routing.x + i * d, d, coded_ + i * row_bytes(d));
         }
       });
 }
@@ -166,7 +171,7 @@ void Ffn::compute(std::span<const Bucket> buckets) {
                       for (int64_t i = begin; i < end; ++i) {
                         const int64_t row = rows[static_cast<size_t>(i)];
                         kernel.quantize(gate_ + row * inner_floats_, f,
-                                        coded_inner_.at + row * row_bytes(f));
+                                        coded_inner_ + row * row_bytes(f));
                       }
                     });
   const std::vector<Task> second = cut(buckets, layer_.shapes[kDown]);

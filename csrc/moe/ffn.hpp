@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <span>
 #include <vector>
 
@@ -49,7 +50,8 @@ class Scratch {
   ~Scratch();
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
-  uint8_t* at;
+  const int64_t bytes;
+  uint8_t* const at;
 };
 
 // One call's work, expert by expert: whoever loads experts computes each when it is there.
@@ -62,8 +64,9 @@ class Ffn {
     int64_t first, last;
   };
 
-  // Quantizes x. Ids and levels were checked.
-  Ffn(const LayerExperts& layer, const Routing& routing);
+  // Quantizes x. Ids and levels were checked. Uses `kept` if it is large enough: whoever calls
+  // again and again then has the same memory each time, not holes of all sizes.
+  Ffn(const LayerExperts& layer, const Routing& routing, const Scratch* kept = nullptr);
 
   const std::vector<Bucket>& buckets() const noexcept { return buckets_; }
   // Computes buckets whose planes are in memory; a bucket's level may be lower than it was.
@@ -86,7 +89,8 @@ class Ffn {
   std::vector<Bucket> buckets_;
   int64_t rows_ = 0;
   int64_t inner_floats_, hidden_floats_;
-  Scratch coded_, coded_inner_, floats_;
+  std::optional<Scratch> own_;
+  uint8_t *coded_, *coded_inner_;
   float *gate_, *up_, *result_;
   std::vector<int64_t> places_;  // slot -> row, or -1
   std::vector<uint8_t> marks_;   // of rows

@@ -68,11 +68,11 @@ class _Watched:
         self.squares = np.zeros(weight.shape[1])
         self.tokens = 0
 
-    def linear(self, x: Floats) -> Floats:
+    def linear(self, x: Floats, out: Floats | None = None) -> Floats:
         """As `NestedMatrix.linear`."""
         self.squares += np.square(x, dtype=np.float64).sum(axis=0)
         self.tokens += len(x)
-        return ops.linear(x, self.weight)
+        return ops.linear(x, self.weight, out=out)
 
 
 def _watch(weights: Weights, tied: bool) -> dict[tuple[int, int], _Watched]:

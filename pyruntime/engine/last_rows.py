@@ -9,6 +9,7 @@ from pyruntime import ops
 from pyruntime.engine.linear import apply
 from pyruntime.engine.loader import Weights
 from pyruntime.engine.step import Floats, Rows, Sequence, StepResult
+from pyruntime.engine.workspace import Workspace
 from pyruntime.moe import DEGRADED, FAILED
 
 __all__ = ["sample_rows"]
@@ -24,6 +25,7 @@ def sample_rows(
     token_status: NDArray[np.uint8],
     result: StepResult,
     return_logits: bool,
+    work: Workspace,
 ) -> list[tuple[int, int]]:
     """Fill the result's samples; return (request, token) pairs."""
     lowered = np.bincount(rows.row_piece[token_status & DEGRADED != 0])
@@ -35,7 +37,8 @@ def sample_rows(
         return []
     last = rows.starts[np.array(pieces) + 1] - 1
     normed = ops.rms_norm(np.ascontiguousarray(x[last]), weights.norm, eps)
-    logits = apply(normed, weights.head)
+    out = work.array("logits", len(pieces), weights.embedding.shape[0])
+    logits = apply(normed, weights.head, out=out)
     kept = logits.copy() if return_logits else None
     sequences = [sequences_of[rows.requests[piece]] for piece in pieces]
     params = np.array([sequence.row for sequence in sequences], ops.SAMPLING)

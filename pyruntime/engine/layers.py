@@ -14,9 +14,10 @@ from pyruntime.engine.linear import apply
 from pyruntime.engine.loader import LayerWeights, Weights
 from pyruntime.engine.step import ExpertBackend, Floats, Ints, Rows, StepResult
 from pyruntime.engine.step import add_time as _add
+from pyruntime.engine.workspace import Workspace
 from pyruntime.kv import KvStorage
 
-__all__ = ["Layers", "predictor"]
+__all__ = ["Layers", "activation_bytes", "predictor"]
 
 
 class Layers:
@@ -49,16 +50,21 @@ class Layers:
         chosen: slice | NDArray[np.int64],
         result: StepResult,
         token_status: NDArray[np.uint8],
+        work: Workspace,
     ) -> Iterator[tuple[int, str]]:
-        """One decoder layer over the rows `chosen`, whose hidden states are `x`, in place."""
+        """One decoder layer over the rows `chosen`, whose hidden states are `x`, in place.
+
+        What it takes from `work` is what `activation_bytes` counts.
+        """
         c, w = self.config, self.weights.layers[layer]
         n, q_size, kv_size = len(x), c.heads * c.head_dim, c.kv_heads * c.head_dim
         yield layer, "qkv"
         clock = time.perf_counter()
-        qkv = apply(ops.rms_norm(x, w.attention_norm, c.eps), w.qkv, w.qkv_bias)
-        q = np.ascontiguousarray(qkv[:, :q_size])
-        k = np.ascontiguousarray(qkv[:, q_size : q_size + kv_size])
-        v = np.ascontiguousarray(qkv[:, q_size + kv_size :])
+        normed = ops.rms_norm(x, w.attention_norm, c.eps, work.array("normed", n, c.hidden))
+        qkv = apply(normed, w.qkv, w.qkv_bias, work.array("qkv", n, q_size + 2 * kv_size))
+        q = work.copy("q", qkv[:, :q_size])
+        k = work.copy("k", qkv[:, q_size : q_size + kv_size])
+        v = work.copy("v", qkv[:, q_size + kv_size :])
         if w.q_norm is not None and w.k_norm is not None:  # before clipping, as OLMoE does
             q_rows, k_rows = q.reshape(-1, len(w.q_norm)), k.reshape(-1, len(w.k_norm))
             ops.rms_norm(q_rows, w.q_norm, c.eps, q_rows)
@@ -95,6 +101,7 @@ class Layers:
             visible,
             c.head_dim**-0.5,
             c.windows[layer],
+            work.array("attended", n, c.heads, c.head_dim),
             alpha=rows.alpha,
             above=above,
         )
@@ -105,13 +112,13 @@ class Layers:
         _add(result.seconds, "attention", clock)
         yield layer, "output"
         clock = time.perf_counter()
-        ops.add(x, apply(attended.reshape(n, q_size), w.out, w.out_bias))
-        normed = ops.rms_norm(x, w.ffn_norm, c.eps)
+        ops.add(x, apply(attended.reshape(n, q_size), w.out, w.out_bias, normed))
+        ops.rms_norm(x, w.ffn_norm, c.eps, normed)
         _add(result.seconds, "dense", clock)
         if w.router is None:
             yield layer, "experts"
             clock = time.perf_counter()
-            ops.add(x, _mlp(normed, w))
+            ops.add(x, _mlp(normed, w, c.dense_ffn, work))
             _add(result.seconds, "dense", clock)
             return
         yield layer, "router"
@@ -120,7 +127,7 @@ class Layers:
         _add(result.seconds, "dense", clock)
         yield layer, "experts"
         clock = time.perf_counter()
-        out = np.empty_like(normed)
+        out = work.array("out", n, c.hidden)
         if layer + 1 < c.num_layers and self.weights.layers[layer + 1].router is not None:
             self.experts.hint(layer + 1, x)
         status = self.experts.ffn(layer, normed, ids, shares, out)
@@ -131,13 +138,37 @@ class Layers:
             _, gate = ops.router(
                 ops.linear(normed, w.shared_gate), 1, sigmoid=True, normalise=False
             )
-            ops.add(out, gate * _mlp(normed, w))
+            shared = _mlp(normed, w, c.shared_ffn, work)
+            shared *= gate
+            ops.add(out, shared)
         ops.add(x, out)
         counts = np.bincount(ids.reshape(-1), minlength=c.num_experts)
         assert result.expert_tokens is not None and result.expert_bytes is not None
         result.expert_tokens[layer] += counts
         result.expert_bytes[layer] += np.count_nonzero(counts) * self.experts.expert_bytes(layer)
         _add(result.seconds, "dense", clock)
+
+
+def activation_bytes(config: ModelConfig, rows: int, sampling: int) -> int:
+    """Return the bytes of a step's arrays at most, and of the rotary tables.
+
+    Parameters
+    ----------
+    config : ModelConfig
+    rows : int
+        Token rows.
+    sampling : int
+        Requests that sample.
+    """
+    c = config
+    width = max(c.shared_ffn, 0 if all(c.sparse) else c.dense_ffn)
+    projected = (c.heads + 2 * c.kv_heads) * c.head_dim
+    floats = 5 * c.hidden + 2 * projected + c.heads * c.head_dim  # x twice, normed, out, spare
+    floats += 2 * width + c.hidden if width else 0
+    coded = 2 * max(c.hidden, c.heads * c.head_dim, width)  # rows of a quantized matrix
+    routed = 8 * c.num_experts + 64 * c.top_k
+    row = floats * 4 + coded + routed + 128  # and places, positions and marks
+    return rows * row + 2 * sampling * c.vocab_size * 4 + c.max_len * c.head_dim * 4
 
 
 def predictor(config: ModelConfig, weights: Weights) -> Callable[[int, Floats], Ints]:
@@ -157,8 +188,10 @@ def predictor(config: ModelConfig, weights: Weights) -> Callable[[int, Floats], 
     return predict
 
 
-def _mlp(x: Floats, w: LayerWeights) -> Floats:
+def _mlp(x: Floats, w: LayerWeights, width: int, work: Workspace) -> Floats:
     assert w.dense is not None
     gate, up, down = w.dense
-    inner = apply(x, gate)
-    return apply(ops.silu_mul(inner, apply(x, up), inner), down)
+    inner = apply(x, gate, out=work.array("gate", len(x), width))
+    raised = apply(x, up, out=work.array("up", len(x), width))
+    ops.silu_mul(inner, raised, inner)
+    return apply(inner, down, out=work.array("down", *x.shape))

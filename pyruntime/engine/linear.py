@@ -14,11 +14,13 @@ Floats = NDArray[np.float32]
 Matrix = Floats | NestedMatrix
 
 
-def apply(x: Floats, weight: Matrix, bias: Floats | None = None) -> Floats:
+def apply(
+    x: Floats, weight: Matrix, bias: Floats | None = None, out: Floats | None = None
+) -> Floats:
     """Return ``x @ weight.T + bias``; a row's bits depend on that row alone."""
     if isinstance(weight, np.ndarray):
-        return ops.linear(x, weight, bias)
-    out = weight.linear(x)
+        return ops.linear(x, weight, bias, out)
+    out = weight.linear(x, out=out)
     if bias is not None:
         out += bias
     return out

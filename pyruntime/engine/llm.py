@@ -12,14 +12,14 @@ from typing import Any
 
 from pyruntime.engine.client import ThreadClient
 from pyruntime.engine.config import ModelConfig
-from pyruntime.engine.layers import predictor
-from pyruntime.engine.loader import Progress, Weights
+from pyruntime.engine.layers import activation_bytes, predictor
+from pyruntime.engine.loader import Progress, dense_bytes, load_weights
 from pyruntime.engine.loop import EngineLoop
-from pyruntime.engine.memory import plan_memory
+from pyruntime.engine.memory import BLOCK_OVERHEAD, EXTENT_OVERHEAD, MemoryPlan, plan_memory
 from pyruntime.engine.messages import Delta, Submit, TokenLogprobs
 from pyruntime.engine.runner import Engine, kv_groups
 from pyruntime.engine.sampling import SamplingParams
-from pyruntime.engine.stored import STORE_NAME, content_hash
+from pyruntime.engine.stored import STORE_NAME, content_hash, need_store, open_store
 from pyruntime.engine.text import StopStrings, Tokenizer
 from pyruntime.errors import CapacityError, Error, InternalError, InvalidArgumentError
 from pyruntime.kv import (
@@ -32,7 +32,7 @@ from pyruntime.kv import (
     plan_prefixes,
 )
 from pyruntime.kv.disk_cache import QUEUE_BYTES
-from pyruntime.moe import ExpertCache, ExpertStore, Fixed, parse_policy
+from pyruntime.moe import ExpertCache, ExpertStore, Fixed, StoreExperts, parse_policy
 from pyruntime.pool import Budget
 from pyruntime.sched import preset
 
@@ -78,8 +78,9 @@ def make_loop(
         Width of a quantized model's experts; its widest by default.
     memory_budget : int, optional
         Bytes for everything the model uses (`pyruntime.engine.memory`): experts are then loaded as
-        tokens need them, and the KV cache gets a quarter at most, at their cost as it fills. Needs
-        a quantized model.
+        tokens need them. The KV cache takes from them as requests need it, up to `kv_bytes` or all
+        but what experts need at least; what was served may keep a quarter of the budget. Needs a
+        quantized model.
     bit_policy : str, optional
         Widths of a quantized model's experts token by token (`pyruntime.moe.parse_policy`); instead
         of `bits`.
@@ -100,7 +101,7 @@ def make_loop(
     Raises
     ------
     pyruntime.errors.CapacityError
-        The budget is too small; the message has its parts.
+        The budget is too small; the message has the least that is enough, and its parts.
     pyruntime.errors.InvalidArgumentError
         The options do not go together, or the model is not quantized, or the disk cache is another
         model's. `pyruntime.kv.DiskTier` says what else its file may raise.
@@ -108,14 +109,13 @@ def make_loop(
     config = ModelConfig.load(model)
     if bits is not None and bit_policy is not None:
         raise InvalidArgumentError("give bits or bit_policy, not both: fixed:4 is a policy")
-    if memory_budget is not None:
-        kv_bytes = min(kv_bytes, memory_budget // 4)
-    block_bytes = config.num_layers * 2 * BLOCK_SIZE * config.kv_heads * config.head_dim * 4
+    groups = kv_groups(config, BLOCK_SIZE)
+    item_bytes = config.num_layers * 2 * BLOCK_SIZE * config.kv_heads * config.head_dim * 4
+    block_bytes = item_bytes + (0 if memory_budget is None else BLOCK_OVERHEAD * len(groups))
     chosen = preset(policy)
-    hidden_tokens = min(getattr(chosen.partition, "max_tokens", 0), max_running * config.max_len)
-    hidden_budget = min(hidden_tokens * config.hidden * 4, kv_bytes // 4)
-    num_blocks = (kv_bytes - hidden_budget) // block_bytes  # pages appear as they are written
-    if num_blocks < 1:
+    tokens = min(getattr(chosen.partition, "max_tokens", 0), max_running * config.max_len)
+    hidden_budget = min(tokens * config.hidden * 4, kv_bytes // 4)
+    if kv_bytes - hidden_budget < block_bytes:
         raise InvalidArgumentError(f"kv_bytes is {kv_bytes}; one block takes {block_bytes} bytes")
     cached = memory_budget is not None or bit_policy is not None or not deterministic
     if cached and not (Path(model) / STORE_NAME).exists():
@@ -124,53 +124,57 @@ def make_loop(
             "`pyruntime quantize` first"
         )
 
-    storage = KvStorage.allocate(
-        kv_groups(config, BLOCK_SIZE),
-        num_blocks,
-        config.kv_heads,
-        config.head_dim,
-        small_pages=memory_budget is not None,
-    )
+    store = open_store(model, config)
+    need_store(store, model, bits)
+    rows, floor, plan = 0, 1, None
     shared: Budget | None = None  # what the KV cache and the experts draw on
-
-    def cache(store: ExpertStore, weights: Weights) -> ExpertCache:
-        nonlocal shared
-        memory, scratch, floor = store.file_bytes, 64 << 20, 1
-        if memory_budget is not None:
-            other = hidden_budget + swap_bytes + (2 * QUEUE_BYTES if disk_cache is not None else 0)
-            arguments = memory_budget, config, weights.dense_bytes, other, num_blocks * block_bytes
-            tokens = max(hidden_tokens, STEP_TOKENS) + max_running
-            try:
-                least = ExpertCache.least_bytes(store, floor)
-                plan = plan_memory(*arguments, least, tokens, max_running)
-            except CapacityError:  # base planes of every layer: a wish
-                floor = 0
-                least = ExpertCache.least_bytes(store, floor)
-                plan = plan_memory(*arguments, least, tokens, max_running)
-            logging.getLogger(__name__).info("memory budget: %s", plan)
-            memory, scratch = plan.shared, plan.scratch
-            shared = Budget(plan.shared)
-        chosen_bits = parse_policy(bit_policy) if bit_policy else Fixed(bits)
-        return ExpertCache(
+    if memory_budget is not None:
+        assert store is not None
+        plan, floor, hidden_tokens = _plan(
+            memory_budget,
+            config,
             store,
-            memory,
-            policy=chosen_bits,
+            max_running,
+            hidden_budget // (config.hidden * 4),
+            getattr(chosen.partition, "min_tokens", 0),
+            block_bytes,
+            dense=dense_bytes(model, store),
+            other=swap_bytes + (2 * QUEUE_BYTES if disk_cache is not None else 0),
+            kv_most=kv_bytes,
+            groups=len(groups),
+        )
+        hidden_budget = hidden_tokens * config.hidden * 4
+        rows = max(hidden_tokens, STEP_TOKENS) + max_running
+        shared = Budget(plan.shared)
+    kv_bytes = kv_bytes - hidden_budget if plan is None else plan.kv
+    weights = load_weights(model, config, progress, store)
+    num_blocks = kv_bytes // block_bytes  # pages appear as they are written
+    experts: ExpertCache | StoreExperts | None = None
+    if cached:
+        assert store is not None
+        experts = ExpertCache(
+            store,
+            store.file_bytes if plan is None else plan.shared,
+            policy=parse_policy(bit_policy) if bit_policy else Fixed(bits),
             deterministic=deterministic,
             budget=shared,
             predict=predictor(config, weights),
             floor=floor,
-            scratch_bytes=scratch,
+            scratch_bytes=64 << 20 if plan is None else plan.scratch,
         )
-
-    engine = Engine.load(
-        model,
+    elif store is not None:
+        experts = StoreExperts(store, bits)
+    engine = Engine(
+        config,
+        weights,
         num_blocks,
         BLOCK_SIZE,
-        progress,
-        bits,
-        cache if cached else None,
-        storage=storage,
-        hidden_budget=hidden_budget,
+        experts,
+        KvStorage.allocate(
+            groups, num_blocks, config.kv_heads, config.head_dim, small_pages=plan is not None
+        ),
+        hidden_budget,
+        rows,
     )
     disk = None
     if disk_cache is not None:
@@ -178,25 +182,31 @@ def make_loop(
         about = f"{content_hash(model).hex()}, blocks of {BLOCK_SIZE} tokens in float32, {widths}"
         tier = DiskTier(
             disk_cache,
-            item_bytes=block_bytes,
+            item_bytes=item_bytes,
             capacity_bytes=disk_bytes,
             fingerprint=about.encode(),
         )
         disk = DiskCache(tier, engine.kv, BLOCK_SIZE)
 
     def memory(blocks: BlockPool) -> BlockMemory:
-        assert shared is not None and isinstance(engine.experts, ExpertCache)
-        sizes = [block_bytes * len(g.layers) // config.num_layers for g in engine.kv.groups]
-        experts = engine.experts
-        return BlockMemory(blocks, shared, sizes, spare=experts.spare_bytes, settle=experts.drain)
+        assert shared is not None and memory_budget is not None
+        assert isinstance(experts, ExpertCache)
+        return BlockMemory(
+            blocks,
+            shared,
+            [item_bytes * len(g.layers) // config.num_layers + BLOCK_OVERHEAD for g in groups],
+            spare=experts.spare_bytes,
+            settle=experts.drain,
+            kept_bytes=memory_budget // 4,
+            discard=engine.kv.discard,
+        )
 
-    groups = engine.kv.groups
     pool = ServingPool(
         num_blocks,
         BLOCK_SIZE,
         config.num_layers,
         groups,
-        swap_bytes * len(groups) // block_bytes,
+        swap_bytes * len(groups) // item_bytes,
         engine.kv,
         disk=disk,
         memory=None if shared is None else memory,
@@ -209,6 +219,58 @@ def make_loop(
         max_queued=max_queued,
         retention=retention,
     )
+
+
+def _plan(
+    budget: int,
+    config: ModelConfig,
+    store: ExpertStore,
+    max_running: int,
+    hidden_most: int,
+    hidden_least: int,
+    block_bytes: int,
+    *,
+    other: int,
+    kv_most: int,
+    **parts: int,
+) -> tuple[MemoryPlan, int, int]:
+    """Divide a budget.
+
+    Returns
+    -------
+    plan : MemoryPlan
+    floor : int
+        Base planes that each layer can keep: a wish.
+    hidden_tokens : int
+        Tokens that hidden states are kept of between layer slices: as many as an eighth of the
+        budget can compute at a time, none if those were too few, or the rest were.
+    """
+    per_token = config.hidden * 4 + activation_bytes(config, 1, 0) - activation_bytes(config, 0, 0)
+    hidden = min(hidden_most, budget // 8 // per_token)
+    hidden = 0 if hidden < hidden_least else hidden
+    other += EXTENT_OVERHEAD * len(store.extents)
+    context = -(-min(STEP_TOKENS, config.max_len) // BLOCK_SIZE) * block_bytes
+    for tokens, floor in ((hidden, 1), (0, 1), (0, 0)):
+        left = kv_most - tokens * config.hidden * 4
+        try:
+            plan = plan_memory(
+                budget,
+                other=other + tokens * config.hidden * 4,
+                activations=activation_bytes(
+                    config, max(tokens, STEP_TOKENS) + max_running, max_running
+                ),
+                experts=ExpertCache.least_bytes(store, floor),
+                kv_most=left,
+                kv_least=max(block_bytes, min(left // block_bytes * block_bytes, context)),
+                **parts,
+            )
+        except CapacityError:
+            if (tokens, floor) == (0, 0):
+                raise
+        else:
+            break
+    logging.getLogger(__name__).info("memory budget: %s", plan)
+    return plan, floor, tokens
 
 
 @dataclass

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ __all__ = [
     "Checkpoint",
     "LayerWeights",
     "Weights",
+    "dense_bytes",
     "expert_tensors",
     "load_weights",
 ]
@@ -41,6 +42,8 @@ DENSE = {"qkv": 0, "out": 1, "gate": 2, "up": 3, "down": 4}
 HEAD = 16
 """Number of the output head, in layer 0."""
 
+_PIECE = 1 << 20
+"""Bytes that are read at a time."""
 _DTYPES: dict[str, np.dtype[Any]] = {
     "F32": np.dtype("<f4"),
     "F16": np.dtype("<f2"),
@@ -128,13 +131,18 @@ class Checkpoint:
 
     def raw(self, name: str) -> bytes:
         """Return a tensor's bytes as they are in the file."""
+        return b"".join(self._pieces(name))
+
+    def _pieces(self, name: str) -> Iterator[bytes]:
         entry = self._entries[name]
         with entry.path.open("rb") as file:
             file.seek(entry.offset)
-            data = file.read(entry.size)
-        if len(data) != entry.size:
-            raise CorruptDataError(f"{entry.path} shrank while {name!r} was read")
-        return data
+            for first in range(0, entry.size, _PIECE):
+                size = min(_PIECE, entry.size - first)
+                data = file.read(size)
+                if len(data) != size:
+                    raise CorruptDataError(f"{entry.path} shrank while {name!r} was read")
+                yield data
 
     def read(self, name: str, shape: tuple[int, ...], out: Floats | None = None) -> Floats:
         """Read one tensor as float32.
@@ -158,13 +166,17 @@ class Checkpoint:
             raise UnsupportedError(
                 f"{entry.path}: {name!r} is {entry.dtype}; supported are {', '.join(_DTYPES)}"
             )
-        raw = np.frombuffer(self.raw(name), _DTYPES[entry.dtype]).reshape(shape)
         if out is None:
             out = np.empty(shape, np.float32)
-        if entry.dtype == "BF16":
-            np.left_shift(raw, 16, out=out.view(np.uint32), dtype=np.uint32, casting="unsafe")
-        else:
-            out[...] = raw
+        flat, first = out.reshape(-1), 0
+        for piece in self._pieces(name):  # never the whole tensor twice
+            raw = np.frombuffer(piece, _DTYPES[entry.dtype])
+            part = flat[first : first + len(raw)]
+            if entry.dtype == "BF16":
+                np.left_shift(raw, 16, out=part.view(np.uint32), dtype=np.uint32, casting="unsafe")
+            else:
+                part[...] = raw
+            first += len(raw)
         return out
 
 
@@ -209,6 +221,19 @@ class Weights:
                 value = getattr(layer, name)
                 parts.extend(value if isinstance(value, tuple) else [value])
         return sum(part.nbytes for part in parts if part is not None)
+
+
+def dense_bytes(directory: str | Path, store: ExpertStore) -> int:
+    """Return the bytes of a quantized model's weights but for its experts; reads none of them.
+
+    Raises
+    ------
+    pyruntime.errors.CorruptDataError, NotFoundError
+        See `Checkpoint`.
+    """
+    checkpoint = Checkpoint(directory)
+    floats = sum(math.prod(checkpoint.entry(name)[1]) for name in checkpoint.names)
+    return floats * 4 + sum(extent.bytes for extent in store.extents if extent.dense)
 
 
 def load_weights(

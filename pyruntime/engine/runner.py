@@ -54,6 +54,7 @@ from pyruntime.engine.step import (
     add_time,
 )
 from pyruntime.engine.stored import need_store, open_store
+from pyruntime.engine.workspace import Workspace
 from pyruntime.errors import CapacityError, InvalidArgumentError, NotFoundError, StateError
 from pyruntime.kv import KvGroup, KvStorage, StepTables
 from pyruntime.moe import ExpertStore, ReferenceExperts, StoreExperts
@@ -96,6 +97,9 @@ class Engine:
         K and V, with the groups of `kv_groups`; allocated by default.
     hidden_budget : int, optional
         Bytes of hidden states kept between layer slices at most; unlimited by default.
+    step_rows : int, default 0
+        Token rows of the largest step, whose activations then keep their memory
+        (`pyruntime.engine.workspace`); 0: they are allocated as they come.
     """
 
     device = "cpu"
@@ -110,6 +114,7 @@ class Engine:
         experts: ExpertBackend | None = None,
         storage: KvStorage | None = None,
         hidden_budget: int | None = None,
+        step_rows: int = 0,
     ) -> None:
         self.config = config
         self.weights = weights
@@ -123,6 +128,8 @@ class Engine:
             raise InvalidArgumentError("the storage's KV groups are not this model's")
         self.hidden_budget = hidden_budget
         self._layers = Layers(config, weights, self.experts, self.kv)
+        self._step_rows = step_rows
+        self._idle: list[Workspace] = []  # one but for plans that were stopped
         self._sequences: dict[int, Sequence] = {}
         self._hidden: dict[int, Hidden] = {}
         self._open: dict[int, _Open] = {}
@@ -250,7 +257,7 @@ class Engine:
                 for index, group in enumerate(rows.groups):
                     shape = (len(rows.requests), int(group.visible.max(initial=0)))
                     result.marks[index] = np.zeros(shape, np.uint8)
-            steps = self._execute(plan, rows, result, return_logits)
+            steps = self._steps(plan, rows, result, return_logits)
             current = _Open(steps, result)
         result = current.result
         for at in current.steps:
@@ -361,17 +368,28 @@ class Engine:
             tables.alpha,
         )
 
+    def _steps(
+        self, plan: StepPlan, rows: Rows, result: StepResult, return_logits: bool
+    ) -> Iterator[tuple[int, str]]:
+        """Execute the plan in a workspace that no other plan uses."""
+        work = self._idle.pop() if self._idle else Workspace(self._step_rows)
+        try:
+            yield from self._execute(plan, rows, result, return_logits, work)
+        finally:
+            self._idle.append(work)
+
     def _execute(
         self,
         plan: StepPlan,
         rows: Rows,
         result: StepResult,
         return_logits: bool,
+        work: Workspace,
     ) -> Iterator[tuple[int, str]]:
         """Compute the plan, yielding before every operator; effects come at the very end."""
         c, w = self.config, self.weights
         ids = np.empty(len(rows.row_piece), np.int32)
-        x = np.empty((len(ids), c.hidden), np.float32)
+        x = work.array("x", len(ids), c.hidden)
         for piece, request in enumerate(rows.requests):
             part = slice(rows.starts[piece], rows.starts[piece + 1])
             if rows.layer_lo[piece]:
@@ -392,11 +410,12 @@ class Engine:
             if not active.any():
                 continue
             if active.all():
-                yield from self._layers.run(layer, x, rows, slice(None), result, token_status)
+                yield from self._layers.run(layer, x, rows, slice(None), result, token_status, work)
             else:
                 chosen = np.flatnonzero(active[rows.row_piece])
-                some = x[chosen]
-                yield from self._layers.run(layer, some, rows, chosen, result, token_status)
+                some = work.array("some", len(chosen), c.hidden)
+                np.take(x, chosen, axis=0, out=some, mode="clip")  # "raise" makes a copy
+                yield from self._layers.run(layer, some, rows, chosen, result, token_status, work)
                 x[chosen] = some
         yield c.num_layers, "logits"
         clock = time.perf_counter()
@@ -406,7 +425,7 @@ class Engine:
             if rows.layer_hi[piece] == c.num_layers and last == self._sequences[request].size:
                 sampling.append(piece)
         sampled = sample_rows(
-            w, c.eps, self._sequences, sampling, x, rows, token_status, result, return_logits
+            w, c.eps, self._sequences, sampling, x, rows, token_status, result, return_logits, work
         )
         for piece in np.flatnonzero(rows.layer_hi < c.num_layers).tolist():
             part = slice(rows.starts[piece], rows.starts[piece + 1])

@@ -46,6 +46,11 @@ class DiskCache:
     queue_bytes : int, default 32 MiB
         Of blocks that wait to be written.
 
+    Attributes
+    ----------
+    room : int
+        Blocks in so many bytes; who loads should not ask for more at a time.
+
     Notes
     -----
     The owner of the storage calls; one thread of the cache's own writes.
@@ -69,7 +74,7 @@ class DiskCache:
         ]
         self._num_pieces = sum(map(len, self._pieces))
         self._block_size = block_size
-        self._room = max(1, queue_bytes // tier.item_bytes)  # blocks
+        self.room = max(1, queue_bytes // tier.item_bytes)  # blocks
         self._counts = dict.fromkeys(("asked", "found", "dropped", "write_failures"), 0)
         self._told = 0
         self._wake = threading.Condition()
@@ -97,7 +102,7 @@ class DiskCache:
         `rows` has their ids in each group.
         """
         with self._wake:
-            taken = 0 if self._closed else min(len(keys), self._room - self._pending)
+            taken = 0 if self._closed else min(len(keys), self.room - self._pending)
             if taken < 1:
                 return 0
             self._pending += taken

@@ -7,10 +7,12 @@ rises as the budget grants memory, in whole units:
 
     block ids | 0 ... opened: charged, the pool's | opened ... num_blocks: withheld, without pages
 
-It never falls. Content that nobody uses stays in its blocks on purpose, for prompts to come, and
-blocks of all ages mix in one unit: to give a unit back, content that is used more than its
-neighbours would have to go, or be moved, for planes that are read again in milliseconds. What KV
-memory may take in the end is bounded by its number of blocks anyway.
+Up to `kept_bytes` it never falls. Content that nobody uses stays in its blocks on purpose, for
+prompts to come, and blocks of all ages mix in one unit: to give a unit back, content that is used
+more than its neighbours would have to go, or be moved, for planes that are read again in
+milliseconds. Beyond it memory is for what runs alone: content is evicted before more is taken, and
+`give_back` lowers the mark again, with all content, once nothing runs. So a long context or many
+requests may have what others can spare, all of it if need be, and do not keep it.
 
 The pool asks for blocks rather than evict content and, if there are not as many, for those without
 which it would refuse a step. The budget then makes others give back what they hold. What they could
@@ -29,7 +31,7 @@ from pyruntime.pool import UNIT_BYTES, Budget
 __all__ = ["BlockMemory"]
 
 
-def _nothing() -> int:
+def _nothing(*_: int) -> int:
     return 0
 
 
@@ -49,6 +51,10 @@ class BlockMemory:
         Bytes that they would give back now. None by default.
     settle : callable, optional
         Waits until they are at rest, so that they can.
+    kept_bytes : int, optional
+        Memory that content may keep; no limit by default.
+    discard : callable, optional
+        Gives the pages of a group's blocks back to the system: (group, first, end).
 
     Notes
     -----
@@ -64,12 +70,16 @@ class BlockMemory:
         priority: int = 1,
         spare: Callable[[], int] = _nothing,
         settle: Callable[[], object] = _nothing,
+        kept_bytes: int | None = None,
+        discard: Callable[[int, int, int], object] = _nothing,
     ) -> None:
         self._pool = pool
         self._budget = budget
         self._block_bytes = tuple(block_bytes)
         self._spare = spare
         self._settle = settle
+        self._kept_bytes = kept_bytes
+        self._discard = discard
         self._client = budget.register("KV cache", priority=priority)
         self._reserved = [0] * len(self._block_bytes)
         self._opened = [0] * len(self._block_bytes)
@@ -114,10 +124,38 @@ class BlockMemory:
         For what is needed it waits until others are at rest. If there is no memory for it either,
         nothing is opened: the pool then refuses the step.
         """
+        kept = self._kept_bytes
+        if kept is not None and self.reserved_bytes + sum(self._more(wished)) > kept:
+            wished = needed
         if self._open(wished) or not any(needed) or self._open(needed):
             return
         self._settle()
         self._open(needed)
+
+    @property
+    def exceeded(self) -> bool:
+        """Whether more is reserved than content may keep."""
+        return self._kept_bytes is not None and self.reserved_bytes > self._kept_bytes
+
+    def give_back(self) -> bool:
+        """Evict everything and keep no more than content may; False if any block is in use."""
+        groups = range(len(self._ids))
+        if any(self._pool.available(group=g) < self._opened[g] for g in groups):
+            return False
+        assert self._kept_bytes is not None
+        left = self._kept_bytes // UNIT_BYTES
+        for g in groups:
+            self._pool.take_blocks(self._opened[g], group=g)
+            units = min(left // (len(self._ids) - g), self._reserved[g] // UNIT_BYTES)
+            left -= units
+            ids, before = self._ids[g], self._opened[g]
+            now = min(before, units * UNIT_BYTES // self._block_bytes[g])
+            self._pool.unpin_blocks(ids[:now], group=g)
+            self._opened[g] = now
+            self._discard(g, now, before)
+            self._client.give_back(self._reserved[g] - units * UNIT_BYTES)
+            self._reserved[g] = units * UNIT_BYTES
+        return True
 
     def _more(self, blocks: Sequence[int]) -> list[int]:
         """Bytes to reserve, in each group, for so many further blocks."""

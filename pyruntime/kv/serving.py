@@ -137,6 +137,7 @@ class ServingPool:
         space = self._spaces.get(namespace)
         if space is None:
             space = self._spaces[namespace] = self.pool.namespace(namespace)
+        self._return_memory(tokens, space)
         seq = self._native.open(space)
         cached = self.pool.admit(seq, tokens, reserve=reserve)
         known = _Request(seq, cached // self.block_size, namespace=namespace)
@@ -144,6 +145,13 @@ class ServingPool:
         if self._disk is not None:
             cached = self._restore(known, tokens, cached, self._disk)
         return cached
+
+    def _return_memory(self, tokens: NDArray[np.int32], space: int) -> None:
+        """Return what a burst took, when who comes first after it finds little of use there."""
+        if self._memory is None or self._requests or not self._memory.exceeded:
+            return
+        if 2 * self.pool.match(tokens, space=space).tokens < len(tokens):
+            self._memory.give_back()
 
     def _restore(
         self, known: _Request, tokens: NDArray[np.int32], cached: int, disk: DiskCache
@@ -153,23 +161,30 @@ class ServingPool:
         if have >= most:
             return cached
         keys = disk.keys(known.namespace, tokens[: most * self.block_size])
-        items = disk.load(keys[have:])
-        if not len(items):
-            return cached
-        end = have + len(items)
-        rows = [np.empty((1, end), np.int32) for _ in self.groups]
-        seqs, counts = (
-            np.array([known.seq], np.uint64),
-            np.array([end * self.block_size], np.uint32),
-        )
-        self._find_memory(NO_SEQS, seqs, counts)
-        fitted, _, _ = self._native.step(NO_SEQS, (), seqs, counts, (), 0, rows)
-        if not fitted:  # a lone request's blocks fit when the scheduler has admitted it
-            return cached
-        known.blocks = known.full = known.saved = end
-        disk.place(items, [row[0, have:] for row in rows])
-        self._native.commit(known.seq, end * self.block_size, self.num_layers, tokens)
-        return end * self.block_size
+        wanted = disk.room  # at a time: items are in memory twice until they are in their blocks
+        while have < most:
+            items = disk.load(keys[have : have + wanted])
+            if not len(items):
+                break
+            end = have + len(items)
+            rows = [np.empty((1, end), np.int32) for _ in self.groups]
+            seqs, counts = (
+                np.array([known.seq], np.uint64),
+                np.array([end * self.block_size], np.uint32),
+            )
+            self._find_memory(NO_SEQS, seqs, counts)
+            fitted, _, _ = self._native.step(NO_SEQS, (), seqs, counts, (), 0, rows)
+            if not fitted:  # a lone request's blocks fit when the scheduler has admitted it
+                break
+            known.blocks = known.full = known.saved = end
+            disk.place(items, [row[0, have:] for row in rows])
+            have = end
+            if len(items) < wanted:
+                break
+        if have * self.block_size > cached:
+            cached = have * self.block_size
+            self._native.commit(known.seq, cached, self.num_layers, tokens)
+        return cached
 
     def start(self, request: int) -> int:
         """Make a request known whose tokens do not matter; see `pyruntime.sched.KvView`."""

@@ -87,6 +87,7 @@ class KvStorage:
         self.groups = tuple(groups)
         self.keys = tuple(keys)
         self.values = tuple(values)
+        self._mapped: list[mmap.mmap] = []  # by group, of small pages
         layers = sorted(layer for group in self.groups for layer in group.layers)
         if layers != list(range(len(self.keys))) or len(self.keys) != len(self.values):
             raise InvalidArgumentError(
@@ -119,13 +120,36 @@ class KvStorage:
         """
         keys: dict[int, Floats] = {}
         values: dict[int, Floats] = {}
+        mapped = []
         for group in groups:
             shape = (len(group.layers), 2, num_blocks, group.block_size, kv_heads, head_dim)
-            whole = _small_pages(shape) if small_pages else np.zeros(shape, np.float32)
+            if small_pages:
+                memory, whole = zeroed(shape)
+                mapped.append(memory)
+            else:
+                whole = np.zeros(shape, np.float32)
             for index, layer in enumerate(group.layers):
                 keys[layer], values[layer] = whole[index]
         order = sorted(keys)
-        return cls(groups, [keys[layer] for layer in order], [values[layer] for layer in order])
+        made = cls(groups, [keys[layer] for layer in order], [values[layer] for layer in order])
+        made._mapped = mapped
+        return made
+
+    def discard(self, group: int, first: int, last: int) -> None:
+        """Give the system the pages of blocks `first` to `last` of small pages; they hold zeroes.
+
+        A page that other blocks are on stays.
+        """
+        if not self._mapped:
+            return
+        memory, layers = self._mapped[group], self.groups[group].layers
+        part = len(memory) // (2 * len(layers))
+        block = part // len(self.keys[layers[0]])
+        for at in range(0, len(memory), part):
+            low = -(-(at + first * block) // mmap.PAGESIZE) * mmap.PAGESIZE
+            high = (at + last * block) // mmap.PAGESIZE * mmap.PAGESIZE
+            if low < high:
+                memory.madvise(mmap.MADV_DONTNEED, low, high - low)
 
     @property
     def nbytes(self) -> int:
@@ -150,11 +174,12 @@ class KvStorage:
                 part[to_block, to_at] = part[from_block, from_at]
 
 
-def _small_pages(shape: tuple[int, ...]) -> Floats:
+def zeroed(shape: tuple[int, ...]) -> tuple[mmap.mmap, Floats]:
+    """Map float32 zeroes whose pages, never huge ones, appear as they are written."""
     memory = mmap.mmap(-1, math.prod(shape) * 4, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(AttributeError, OSError):  # kernels without huge pages
         memory.madvise(mmap.MADV_NOHUGEPAGE)
-    return np.frombuffer(memory, np.float32).reshape(shape)
+    return memory, np.frombuffer(memory, np.float32).reshape(shape)
 
 
 class EnginePool(Protocol):

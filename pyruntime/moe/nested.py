@@ -105,9 +105,10 @@ class NestedMatrix:
         )
         return out
 
-    def linear(self, x: Floats, level: int | None = None) -> Floats:
+    def linear(self, x: Floats, level: int | None = None, out: Floats | None = None) -> Floats:
         """Return ``x @ w.T``, float32 [n, rows], for float32 [n, columns]."""
-        out = np.empty((len(x), self.rows), np.float32)
+        if out is None:
+            out = np.empty((len(x), self.rows), np.float32)
         level = self.level if level is None else level
         _native.moe_linear(
             self.rows, self.columns, self.bits, self.planes, level, self.unit, x, out

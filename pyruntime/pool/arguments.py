@@ -1,8 +1,9 @@
-"""Checks of what callers pass, before it crosses the C ABI."""
+"""Checks of what callers pass, before it crosses the C ABI; and how ``with`` blocks end."""
 
 from __future__ import annotations
 
 import inspect
+import logging
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +11,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pyruntime.errors import InvalidArgumentError
+from pyruntime.errors import InvalidArgumentError, StateError
+
+_log = logging.getLogger(__name__)
 
 PAGES = {"auto": 0, "thp": 1, "hugetlb": 2, "4k": 3}
 
@@ -73,3 +76,13 @@ def _weakly(reclaim: Callable[[int], int] | None) -> Callable[[int], int] | None
         return 0 if alive is None else alive(num_bytes)
 
     return call
+
+
+def leave(close: Callable[[], None], what: object, error: object) -> None:
+    """End a ``with`` block: close, unless `error` is on its way and objects are still out."""
+    try:
+        close()
+    except (StateError, BufferError):
+        if error is None:
+            raise
+        _log.warning("%s stays open: objects are out while %r propagates", what, error)

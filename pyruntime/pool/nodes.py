@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from pyruntime._ext import _native
 from pyruntime.errors import CapacityError, InvalidArgumentError, StateError
+from pyruntime.pool.arguments import leave
 from pyruntime.pool.objects import Buf, Pool
 
 __all__ = ["NodePools"]
-
-_log = logging.getLogger(__name__)
 
 
 class NodePools:
@@ -143,12 +141,7 @@ class NodePools:
 
     def __exit__(self, kind: object, error: object, traceback: object) -> None:
         """Close, unless an exception is on its way and objects are still out."""
-        try:
-            self.close()
-        except (StateError, BufferError):
-            if error is None:
-                raise
-            _log.warning("the pools stay open: objects are out while %r propagates", error)
+        leave(self.close, self, error)
 
     def __repr__(self) -> str:
         """Say what the pools are, without walking them."""

@@ -5,7 +5,6 @@ The core, its threads and its failure behaviour are described in ``pyruntime/poo
 
 from __future__ import annotations
 
-import logging
 from typing import Any, Literal
 
 import numpy as np
@@ -20,15 +19,13 @@ from pyruntime.errors import (
     StateError,
     UnsupportedError,
 )
-from pyruntime.pool.arguments import PAGES, choice, count, typed
+from pyruntime.pool.arguments import PAGES, choice, count, leave, typed
 
 __all__ = ["Buf", "Pool"]
 
 _PREFAULT = {"none": 0, "sync": 1, "background": 2}
 _CHECK = {"range": 0, "state": 1, "guard": 2}
 _FORK = {"cow": 0, "exclude": 1}
-
-_log = logging.getLogger(__name__)
 
 
 class Pool(PoolHandle):
@@ -404,12 +401,7 @@ class Pool(PoolHandle):
 
     def __exit__(self, kind: object, error: object, traceback: object) -> None:
         """Close, unless an exception is on its way and objects are still out."""
-        try:
-            self.close()
-        except (StateError, BufferError):
-            if error is None:
-                raise
-            _log.warning("the pool stays open: objects are out while %r propagates", error)
+        leave(self.close, self, error)
 
     def __repr__(self) -> str:
         """Say what the pool is, without walking it."""
