@@ -129,12 +129,11 @@ def summary(answers, key):
 def test_all_in_memory(benchmark, setting, bits, kind, prompt):
     """Decode and prefill speed with every expert in memory; attention has the experts' width.
 
-    Decoding after a long prompt reads its keys and values too: ours are of 32 bits, the peer's
-    of 16.
+    Decoding after a long prompt reads its keys and values too: both keep them in 16 bits.
     """
     prompt, tokens = (16, 3) if setting.disabled else (prompt, 33)
     model = setting.made(f"pyruntime-{bits}", bits=(bits,), attention_bits=bits)
-    ours, theirs = setting.ours(model=model), setting.theirs(kind)
+    ours, theirs = setting.ours(model=model, kv_dtype="float16"), setting.theirs(kind)
     mine, other, seeds = [], [], itertools.count()
 
     def round_():

@@ -46,23 +46,27 @@ def serve(loop, *prompts, tenant="", size=20):
     return found
 
 
-@pytest.mark.parametrize("policy", ["fcfs", "layered", "swap"])
-def test_text_is_the_same_after_a_restart(tmp_path, policy):
-    [(wanted, none)] = serve(fresh(policy=policy), PROMPT)
+@pytest.mark.parametrize(
+    ("policy", "dtype"),
+    [("fcfs", "float32"), ("layered", "float32"), ("swap", "float32"), ("fcfs", "float16")],
+)
+def test_text_is_the_same_after_a_restart(tmp_path, policy, dtype):
+    options = {"policy": policy, "kv_dtype": dtype}
+    [(wanted, none)] = serve(fresh(**options), PROMPT)
     assert none == 0
-    first = fresh(tmp_path / "kv", policy=policy)
+    first = fresh(tmp_path / "kv", **options)
     assert serve(first, PROMPT) == [(wanted, 0)]
     assert serve(first, PROMPT) == [(wanted, 96)]  # from memory
     assert first.pool.stats()["disk_found"] == 0
     first.close()
-    second = fresh(tmp_path / "kv", policy=policy)
+    second = fresh(tmp_path / "kv", **options)
     assert serve(second, PROMPT) == [(wanted, 96)]
     second.close()
     second.close()
     serve(second, PROMPT)  # goes on without
     turn = [*PROMPT, *wanted, 5, 6]
-    third = fresh(tmp_path / "kv", policy=policy)
-    assert serve(third, turn) == [(serve(fresh(policy=policy), turn)[0][0], 112)]
+    third = fresh(tmp_path / "kv", **options)
+    assert serve(third, turn) == [(serve(fresh(**options), turn)[0][0], 112)]
     stats = third.snapshot()["kv"]
     assert stats["disk_asked_blocks|found"] == 7  # one of the answer as well
     assert stats["disk_blocks"] >= 7 and stats["disk_failures"] == 0

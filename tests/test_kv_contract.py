@@ -198,8 +198,29 @@ def test_storage_of_other_strides_gives_the_same_bits():
     )
     with pytest.raises(errors.InvalidArgumentError, match="group"):
         KvStorage([], *parts)
-    with pytest.raises(errors.InvalidArgumentError, match="float32"):
+    with pytest.raises(errors.InvalidArgumentError, match="one type"):
         KvStorage(groups, [p.astype(np.float16) for p in parts[0]], parts[1])
+    with pytest.raises(errors.InvalidArgumentError, match="float32 or float16"):
+        KvStorage(groups, *([p.astype(np.float64) for p in part] for part in parts))
+
+
+def test_keys_and_values_in_halves_change_little():
+    config, weights = load("qwen2moe")
+    exact, halves = Bench("qwen2moe"), Bench("qwen2moe")
+    storage = KvStorage.allocate(
+        kv_groups(config, 4), 64, config.kv_heads, config.head_dim, dtype="float16"
+    )
+    halves.engine = Engine(config, weights, 64, 4, storage=storage)
+    assert 2 * halves.engine.kv_bytes == exact.engine.kv_bytes
+    prompt = np.random.default_rng(3).integers(0, config.vocab_size, 40).tolist()
+    logits = []
+    for each in (exact, halves):
+        each.add(1, prompt)
+        result = each.prefill(1, cuts=[32], return_logits=True)  # the rest reads what was kept
+        logits.append(result.logits[-1].astype(np.float64))
+    exact, rounded = (np.exp(x - x.max()) / np.exp(x - x.max()).sum() for x in logits)
+    divergence = (exact * np.log(exact / rounded)).sum()
+    assert 0 < divergence < 1e-5
 
 
 def test_hidden_states_stay_within_their_budget():

@@ -70,12 +70,13 @@ def test_greedy_text_does_not_depend_on_scheduling(tokenizer):
     assert loops[2].stats.preemptions > 0  # 8 blocks for 6 requests: memory ran out
 
 
-def test_swapped_requests_continue_without_recompute(tokenizer):
-    wanted, _ = drive(fresh(max_running=1), submits(tokenizer))
-    small = 8 * 16 * 4096
+@pytest.mark.parametrize(("dtype", "token"), [("float32", 4096), ("float16", 2048)])
+def test_swapped_requests_continue_without_recompute(tokenizer, dtype, token):
+    wanted, _ = drive(fresh(max_running=1, kv_dtype=dtype), submits(tokenizer))
+    small = 8 * 16 * token
     roomy, tight = (
-        fresh(policy="swap", kv_bytes=small, swap_bytes=small),
-        fresh(policy="swap", kv_bytes=small, swap_bytes=2 * 16 * 4096),
+        fresh(policy="swap", kv_bytes=small, swap_bytes=size, kv_dtype=dtype)
+        for size in (small, 2 * 16 * token)
     )
     for loop in (roomy, tight):
         got, ends = drive(loop, submits(tokenizer))
@@ -85,6 +86,14 @@ def test_swapped_requests_continue_without_recompute(tokenizer):
     assert roomy.stats.swaps > 0
     assert roomy.snapshot()["kv"]["swap_bytes"] > 0
     assert tight.stats.preemptions > tight.stats.swaps  # no room on the host: recomputed
+
+
+def test_halves_are_half_the_memory():
+    floats, halves = (fresh(kv_bytes=4 << 20, kv_dtype=t) for t in ("float32", "float16"))
+    assert halves.pool.num_blocks == 2 * floats.pool.num_blocks
+    assert halves.engine.kv_bytes == floats.engine.kv_bytes
+    with pytest.raises(errors.InvalidArgumentError, match="float8"):
+        fresh(kv_dtype="float8")
 
 
 def test_a_failed_step_repeats_its_swaps(tokenizer, monkeypatch):

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from pyruntime.engine.client import ThreadClient
 from pyruntime.engine.config import ModelConfig
 from pyruntime.engine.layers import activation_bytes, predictor
@@ -48,6 +50,7 @@ def make_loop(
     *,
     policy: str = "fcfs",
     kv_bytes: int = 1 << 30,
+    kv_dtype: str = "float32",
     max_running: int = 64,
     max_queued: int = 1024,
     swap_bytes: int = 0,
@@ -70,6 +73,9 @@ def make_loop(
     kv_bytes : int, default 1 GiB
         Upper limit of the KV cache and of the hidden states that a layered prefill keeps. Memory
         is taken as blocks are first written; prompts that were served stay until it is full.
+    kv_dtype : {"float32", "float16"}
+        Type that keys and values are kept in. Halves take half the memory, and a long context is
+        attended to faster; they round what is computed (relative error 2 ** -11).
     max_running, max_queued : int
     swap_bytes : int, default 0
         Memory for preempted requests' keys and values; only policy ``swap`` uses it. It counts in
@@ -109,8 +115,11 @@ def make_loop(
     config = ModelConfig.load(model)
     if bits is not None and bit_policy is not None:
         raise InvalidArgumentError("give bits or bit_policy, not both: fixed:4 is a policy")
+    if kv_dtype not in ("float32", "float16"):
+        raise InvalidArgumentError(f"kv_dtype is {kv_dtype!r}; it must be float32 or float16")
     groups = kv_groups(config, BLOCK_SIZE)
-    item_bytes = config.num_layers * 2 * BLOCK_SIZE * config.kv_heads * config.head_dim * 4
+    token_values = config.num_layers * 2 * config.kv_heads * config.head_dim
+    item_bytes = BLOCK_SIZE * token_values * np.dtype(kv_dtype).itemsize
     block_bytes = item_bytes + (0 if memory_budget is None else BLOCK_OVERHEAD * len(groups))
     chosen = preset(policy)
     tokens = min(getattr(chosen.partition, "max_tokens", 0), max_running * config.max_len)
@@ -171,7 +180,12 @@ def make_loop(
         BLOCK_SIZE,
         experts,
         KvStorage.allocate(
-            groups, num_blocks, config.kv_heads, config.head_dim, small_pages=plan is not None
+            groups,
+            num_blocks,
+            config.kv_heads,
+            config.head_dim,
+            small_pages=plan is not None,
+            dtype=kv_dtype,
         ),
         hidden_budget,
         rows,
@@ -179,7 +193,8 @@ def make_loop(
     disk = None
     if disk_cache is not None:
         widths = f"bits {bits}, {bit_policy}, deterministic {deterministic}"
-        about = f"{content_hash(model).hex()}, blocks of {BLOCK_SIZE} tokens in float32, {widths}"
+        blocks = f"blocks of {BLOCK_SIZE} tokens in {kv_dtype}"
+        about = f"{content_hash(model).hex()}, {blocks}, {widths}"
         tier = DiskTier(
             disk_cache,
             item_bytes=item_bytes,
@@ -292,8 +307,8 @@ class LLM:
     ----------
     model : path, optional
         A Hugging Face model directory; the model that ships with pyruntime by default.
-    policy, kv_bytes, max_running, bits, memory_budget, bit_policy, deterministic, progress
-        See `make_loop`.
+    policy, kv_bytes, kv_dtype, max_running, bits, memory_budget, bit_policy, deterministic
+        See `make_loop`, also for `progress`.
     disk_cache, disk_bytes
         See `make_loop`. `close` the model, or use it in a ``with`` block, to keep what it computed
         last.
@@ -312,6 +327,7 @@ class LLM:
         *,
         policy: str = "fcfs",
         kv_bytes: int = 1 << 30,
+        kv_dtype: str = "float32",
         max_running: int = 64,
         bits: int | None = None,
         memory_budget: int | None = None,
@@ -330,6 +346,7 @@ class LLM:
             model,
             policy=policy,
             kv_bytes=kv_bytes,
+            kv_dtype=kv_dtype,
             max_running=max_running,
             bits=bits,
             memory_budget=memory_budget,

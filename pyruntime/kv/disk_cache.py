@@ -78,7 +78,7 @@ class DiskCache:
         self._counts = dict.fromkeys(("asked", "found", "dropped", "write_failures"), 0)
         self._told = 0
         self._wake = threading.Condition()
-        self._queue: deque[tuple[Keys, NDArray[np.float32]]] = deque()  # guarded by _wake
+        self._queue: deque[tuple[Keys, NDArray[Any]]] = deque()  # guarded by _wake
         self._pending = 0  # blocks queued or being written; guarded by _wake
         self._closed = False  # guarded by _wake
         self._thread = threading.Thread(target=self._write, name="pyruntime-disk", daemon=True)
@@ -118,7 +118,7 @@ class DiskCache:
         """Note that so many blocks found the queue full."""
         self._counts["dropped"] += blocks
 
-    def load(self, keys: Keys) -> NDArray[np.float32]:
+    def load(self, keys: Keys) -> NDArray[Any]:
         """Return the items of the leading keys that are there, for `place`."""
         self._counts["asked"] += len(keys)
         items = self._items(0)
@@ -134,7 +134,7 @@ class DiskCache:
         self._counts["found"] += len(items)
         return items
 
-    def place(self, items: NDArray[np.float32], rows: Rows) -> None:
+    def place(self, items: NDArray[Any], rows: Rows) -> None:
         """Put items into the blocks that `rows` names in each group."""
         for at, part, row in self._each(rows):
             part[row] = items[:, at]
@@ -162,9 +162,9 @@ class DiskCache:
             tier = {}
         return {**tier, **self._counts, "queued": self._pending}
 
-    def _items(self, blocks: int) -> NDArray[np.float32]:
-        shape = self._pieces[0][0].shape[1:]
-        return np.empty((blocks, self._num_pieces, *shape), np.float32)
+    def _items(self, blocks: int) -> NDArray[Any]:
+        piece = self._pieces[0][0]
+        return np.empty((blocks, self._num_pieces, *piece.shape[1:]), piece.dtype)
 
     def _each(self, rows: Rows) -> Any:
         at = 0

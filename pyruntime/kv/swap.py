@@ -212,13 +212,13 @@ class HostTier:
             self._reserved = budget.register("KV host tier")
             self._reserved.reserve(-(-num_bytes // UNIT_BYTES) * UNIT_BYTES)
         self._engine = SwapEngine()
-        self._pieces: list[list[NDArray[np.float32]]] = []
-        self._memory: list[NDArray[np.float32]] = []
+        self._pieces: list[list[NDArray[Any]]] = []
+        self._memory: list[NDArray[Any]] = []
         self._spaces: list[tuple[int, int] | None] = []
         self._free: list[NDArray[np.bool_]] = []
         for group in storage.groups:
             pieces = [p for la in group.layers for p in (storage.keys[la], storage.values[la])]
-            memory = np.empty((len(pieces), num_blocks, *pieces[0].shape[1:]), np.float32)
+            memory = np.empty((len(pieces), num_blocks, *pieces[0].shape[1:]), storage.dtype)
             self._pieces.append(pieces)
             self._memory.append(memory)
             self._free.append(np.ones(num_blocks, np.bool_))

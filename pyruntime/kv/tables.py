@@ -7,7 +7,7 @@ import math
 import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +16,7 @@ from pyruntime.errors import InvalidArgumentError
 
 __all__ = ["EnginePool", "GroupTable", "KvGroup", "KvStorage", "StepTables"]
 
-Floats = NDArray[np.float32]
+Values = NDArray[np.float32] | NDArray[np.float16]
 Ints = NDArray[np.int32]
 
 
@@ -74,15 +74,16 @@ class KvStorage:
     ----------
     groups : sequence of KvGroup
         Every layer in exactly one.
-    keys, values : sequence of ndarray of float32, shape (blocks, block size, kv heads, head dim)
-        Per layer, of any strides, contiguous along the last axis; alike for keys and values.
+    keys, values : sequence of ndarray, shape (blocks, block size, kv heads, head dim)
+        Per layer, float32 or float16, one type for all; of any strides, contiguous along the last
+        axis; alike for keys and values.
     """
 
     device = "cpu"
     stream = 0
 
     def __init__(
-        self, groups: Sequence[KvGroup], keys: Sequence[Floats], values: Sequence[Floats]
+        self, groups: Sequence[KvGroup], keys: Sequence[Values], values: Sequence[Values]
     ) -> None:
         self.groups = tuple(groups)
         self.keys = tuple(keys)
@@ -98,8 +99,12 @@ class KvStorage:
             for layer in group.layers:
                 self.group_of[layer] = index
                 for part in (self.keys[layer], self.values[layer]):
-                    if part.dtype != np.float32 or part.ndim != 4:
-                        raise InvalidArgumentError("K and V are float32 arrays of four axes")
+                    if part.dtype not in (np.float32, np.float16) or part.ndim != 4:
+                        raise InvalidArgumentError(
+                            "K and V are float32 or float16 arrays of four axes"
+                        )
+                    if part.dtype != self.dtype:
+                        raise InvalidArgumentError("K and V of all layers have one type")
                     if part.shape[1] != group.block_size:
                         raise InvalidArgumentError(f"layer {layer} has other blocks than its group")
 
@@ -112,22 +117,23 @@ class KvStorage:
         head_dim: int,
         *,
         small_pages: bool = False,
+        dtype: str = "float32",
     ) -> KvStorage:
         """Make zeroed arrays of `num_blocks` blocks per group; pages appear as they are written.
 
         With `small_pages` huge ones are refused, so that memory grows with the blocks written: a
         huge page in each layer's keys and values would hold many more.
         """
-        keys: dict[int, Floats] = {}
-        values: dict[int, Floats] = {}
+        keys: dict[int, Values] = {}
+        values: dict[int, Values] = {}
         mapped = []
         for group in groups:
             shape = (len(group.layers), 2, num_blocks, group.block_size, kv_heads, head_dim)
             if small_pages:
-                memory, whole = zeroed(shape)
+                memory, whole = zeroed(shape, dtype)
                 mapped.append(memory)
             else:
-                whole = np.zeros(shape, np.float32)
+                whole = np.zeros(shape, dtype)
             for index, layer in enumerate(group.layers):
                 keys[layer], values[layer] = whole[index]
         order = sorted(keys)
@@ -152,6 +158,11 @@ class KvStorage:
                 memory.madvise(mmap.MADV_DONTNEED, low, high - low)
 
     @property
+    def dtype(self) -> np.dtype[Any]:
+        """Type of keys and values."""
+        return self.keys[0].dtype
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all keys and values."""
         return sum(part.nbytes for part in (*self.keys, *self.values))
@@ -174,12 +185,13 @@ class KvStorage:
                 part[to_block, to_at] = part[from_block, from_at]
 
 
-def zeroed(shape: tuple[int, ...]) -> tuple[mmap.mmap, Floats]:
-    """Map float32 zeroes whose pages, never huge ones, appear as they are written."""
-    memory = mmap.mmap(-1, math.prod(shape) * 4, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+def zeroed(shape: tuple[int, ...], dtype: str = "float32") -> tuple[mmap.mmap, NDArray[Any]]:
+    """Map zeroes whose pages, never huge ones, appear as they are written."""
+    num_bytes = math.prod(shape) * np.dtype(dtype).itemsize
+    memory = mmap.mmap(-1, num_bytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(AttributeError, OSError):  # kernels without huge pages
         memory.madvise(mmap.MADV_NOHUGEPAGE)
-    return memory, np.frombuffer(memory, np.float32).reshape(shape)
+    return memory, np.frombuffer(memory, dtype).reshape(shape)
 
 
 class EnginePool(Protocol):

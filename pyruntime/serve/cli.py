@@ -66,6 +66,9 @@ Retention = Annotated[
     ),
 ]
 KvMemory = Annotated[int, typer.Option(help="KV cache limit in MiB.", min=1)]
+KvDtype = Annotated[
+    str, typer.Option(help="Keys and values are kept in float32, or float16 of half the memory.")
+]
 
 
 class JsonFormatter(logging.Formatter):
@@ -126,6 +129,7 @@ def serve(
     name: Annotated[str | None, typer.Option(help="Model id; the directory's name.")] = None,
     policy: Policy = "fcfs",
     kv_memory: KvMemory = 1024,
+    kv_dtype: KvDtype = "float32",
     bits: Bits = None,
     memory_budget: MemoryBudget = None,
     bit_policy: BitPolicy = None,
@@ -156,6 +160,7 @@ def serve(
     options: dict[str, Any] = {
         "policy": policy,
         "kv_bytes": kv_memory << 20,
+        "kv_dtype": kv_dtype,
         "max_running": max_running,
         "max_queued": max_queued,
         "swap_bytes": swap_memory << 20,
@@ -219,6 +224,7 @@ def generate(
     chat: Annotated[bool, typer.Option(help="Treat the prompt as a user's message.")] = False,
     policy: Policy = "fcfs",
     kv_memory: KvMemory = 1024,
+    kv_dtype: KvDtype = "float32",
     bits: Bits = None,
     memory_budget: MemoryBudget = None,
     bit_policy: BitPolicy = None,
@@ -232,6 +238,7 @@ def generate(
             directory,
             policy=policy,
             kv_bytes=kv_memory << 20,
+            kv_dtype=kv_dtype,
             bits=bits,
             memory_budget=memory_budget << 20 if memory_budget else None,
             bit_policy=bit_policy,
