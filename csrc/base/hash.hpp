@@ -13,12 +13,15 @@
 
 namespace pyruntime::base {
 
-// Two multiply and xor-shift rounds; bijective. Constant: S. Vigna's survey of 64-bit mixers.
+// Constant: S. Vigna's survey of 64-bit mixers.
+inline constexpr uint64_t kMixFactor = 0xd6e8feb86659fd93ULL;
+
+// Two multiply and xor-shift rounds; bijective.
 PYRT_HASH_FN uint64_t mix64(uint64_t x) {
   x ^= x >> 32;
-  x *= 0xd6e8feb86659fd93ULL;
+  x *= kMixFactor;
   x ^= x >> 32;
-  x *= 0xd6e8feb86659fd93ULL;
+  x *= kMixFactor;
   x ^= x >> 32;
   return x;
 }

@@ -13,6 +13,14 @@
 
 namespace pyruntime::filter {
 
+// Where a fingerprint is to go, and the word there as it was seen.
+struct Choice {
+  uint64_t* word;
+  uint64_t old;
+  int shift;  // of the slot, or kNoSlot
+};
+inline constexpr int kNoSlot = 64;
+
 struct Kernels {
   // Statuses of keys that were stored (or, with `unique`, were there already) and of those that
   // were not. Returns how many were stored.
@@ -28,7 +36,6 @@ struct Kernels {
   void (*sort)(const View&, const uint64_t* keys, size_t n, Sorted&);
   uint64_t (*insert_group)(const View&, const Sorted&, uint32_t group, uint8_t* status,
                            bool unique);
-  uint64_t (*remove_group)(const View&, const Sorted&, uint32_t group, uint8_t* status);
   uint64_t (*contains_group)(const View&, const Sorted&, uint32_t group, uint8_t* out);
   void (*count_group)(const View&, const Sorted&, uint32_t group, uint32_t* out);
 };

@@ -1,6 +1,11 @@
 // The bulk kernels, compiled once per SIMD level inside a namespace of that level. The including
-// file defines `match<W, B>(first, second, fingerprint)`: the slots of two buckets that hold it, as
-// a mask of W / 8 bits for each, the first bucket's in the lower half.
+// file defines, for two buckets:
+//   match<W, B>(first, second, fingerprint)   not 0 if one of them holds it
+//   choose<W, B>(first, second)               where one goes: the emptier bucket's first free slot.
+//                                             Both are here already; the table's threshold is for
+//                                             those that would have to fetch the second one first
+//   pull<W, B>(view, segment, first, second, fingerprint)   takes one copy; false if none was seen,
+//                                             or it went to another thread
 constexpr size_t kBlock = 32;    // keys between a prefetch and the use of what it fetched
 constexpr size_t kWaiting = 16;  // keys that wait for what is behind their full buckets
 
@@ -12,6 +17,78 @@ struct Block {
   uint32_t index[kBlock];  // of the key; Entries only
 };
 
+template <int W, int B>
+inline __attribute__((always_inline)) void locate_one(const View& view, uint64_t key, Block& block,
+                                                      size_t i) {
+  const Position p = locate<W>(view, key);
+  const uint64_t base = p.segment * view.buckets;
+  block.first[i] = (base + p.first) * Shape<W, B>::kWords;
+  block.second[i] = (base + p.second) * Shape<W, B>::kWords;
+  block.fingerprint[i] = p.fingerprint;
+  block.segment[i] = static_cast<uint32_t>(p.segment);
+}
+
+#if defined(PYRT_FILTER_LOCATE_AVX2)
+// A whole block of keys, four at a time: as `locate`. The compiler does not see that the factors
+// have 32 bits and takes three multiplications for each.
+template <int W, int B>
+inline __attribute__((always_inline)) void locate_block(const View& view, const uint64_t* keys,
+                                                        Block& block) {
+  const auto all = [](uint64_t x) __attribute__((always_inline)) {
+    return _mm256_set1_epi64x(static_cast<long long>(x));
+  };
+  const auto times = [&](__m256i x, uint64_t c) __attribute__((always_inline)) {  // 64 bits
+    const __m256i crossed = _mm256_add_epi64(_mm256_mul_epu32(_mm256_srli_epi64(x, 32), all(c)),
+                                             _mm256_mul_epu32(x, all(c >> 32)));
+    return _mm256_add_epi64(_mm256_mul_epu32(x, all(c)), _mm256_slli_epi64(crossed, 32));
+  };
+  const auto fold = [](__m256i x) __attribute__((always_inline)) {
+    return _mm256_xor_si256(x, _mm256_srli_epi64(x, 32));
+  };
+  const auto put = [](uint64_t* to, __m256i x) __attribute__((always_inline)) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), x);
+  };
+  // The lower halves of four.
+  const auto put_low = [](uint32_t* to, __m256i x) __attribute__((always_inline)) {
+    const __m256i low = _mm256_permutevar8x32_epi32(x, _mm256_setr_epi32(0, 2, 4, 6, 0, 2, 4, 6));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_castsi256_si128(low));
+  };
+  constexpr int kShift = Shape<W, B>::kWords == 1 ? 0 : Shape<W, B>::kWords == 2 ? 1 : 2;
+  const __m256i seed = all(view.seed), segments = all(view.num_segments),
+                buckets = all(view.buckets);
+  for (size_t i = 0; i < kBlock; i += 4) {
+    const __m256i key = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(keys + i));
+    const __m256i h = fold(
+        times(fold(times(fold(_mm256_xor_si256(key, seed)), base::kMixFactor)), base::kMixFactor));
+    const __m256i segment =
+        _mm256_srli_epi64(_mm256_add_epi64(_mm256_mul_epu32(_mm256_srli_epi64(h, 32), segments),
+                                           _mm256_srli_epi64(_mm256_mul_epu32(h, segments), 32)),
+                          32);
+    const __m256i low = _mm256_and_si256(h, all(0xffff));
+    const __m256i fingerprint = _mm256_add_epi64(
+        _mm256_srli_epi64(_mm256_sub_epi64(_mm256_slli_epi64(low, W), low), 16), all(1));
+    const __m256i first = _mm256_srli_epi64(
+        _mm256_mul_epu32(_mm256_and_si256(_mm256_srli_epi64(h, 16), all(0xffffff)), buckets), 24);
+    const __m256i mixed = _mm256_mul_epu32(fingerprint, all(0x9E3779B1));
+    const __m256i sum =
+        _mm256_or_si256(_mm256_srli_epi64(_mm256_mul_epu32(mixed, buckets), 32), all(1));
+    const __m256i second = _mm256_add_epi64(
+        _mm256_sub_epi64(sum, first), _mm256_and_si256(_mm256_cmpgt_epi64(first, sum), buckets));
+    const __m256i base = _mm256_mul_epu32(segment, buckets);
+    put(block.first + i, _mm256_slli_epi64(_mm256_add_epi64(base, first), kShift));
+    put(block.second + i, _mm256_slli_epi64(_mm256_add_epi64(base, second), kShift));
+    put_low(block.fingerprint + i, fingerprint);
+    put_low(block.segment + i, segment);
+  }
+}
+#else
+template <int W, int B>
+inline __attribute__((always_inline)) void locate_block(const View& view, const uint64_t* keys,
+                                                        Block& block) {
+  for (size_t i = 0; i < kBlock; ++i) locate_one<W, B>(view, keys[i], block, i);
+}
+#endif
+
 // The keys of a call, in order.
 struct Keys {
   const uint64_t* keys;
@@ -19,18 +96,10 @@ struct Keys {
   template <int W, int B>
   inline __attribute__((always_inline)) void locate_some(const View& view, size_t begin, size_t n,
                                                          Block& block) {
-    const auto one = [&](size_t i) __attribute__((always_inline)) {
-      const Position p = locate<W>(view, keys[begin + i]);
-      const uint64_t base = p.segment * view.buckets;
-      block.first[i] = (base + p.first) * Shape<W, B>::kWords;
-      block.second[i] = (base + p.second) * Shape<W, B>::kWords;
-      block.fingerprint[i] = p.fingerprint;
-      block.segment[i] = static_cast<uint32_t>(p.segment);
-    };
     if (n == kBlock) {
-      for (size_t i = 0; i < kBlock; ++i) one(i);
+      locate_block<W, B>(view, keys + begin, block);
     } else {
-      for (size_t i = 0; i < n; ++i) one(i);
+      for (size_t i = 0; i < n; ++i) locate_one<W, B>(view, keys[begin + i], block, i);
     }
   }
   static inline __attribute__((always_inline)) size_t index(const Block&, size_t begin, size_t i) {
@@ -183,6 +252,23 @@ struct Waiting {
   }
 };
 
+// Stores a fingerprint without relocating any; false if both buckets are full.
+template <int W, int B>
+inline __attribute__((always_inline)) bool store(const View& view, uint64_t* first,
+                                                 uint64_t* second, uint32_t fingerprint) {
+  const Choice choice = choose<W, B>(first, second);
+  if (__builtin_expect(choice.shift == kNoSlot, 0)) return false;
+  uint64_t old = choice.old;
+  // Taken by another thread since, or its word has changed: the long way.
+  if (__builtin_expect(
+          (old >> choice.shift & Shape<W, B>::kLaneMask) == 0 &&
+              Shared::cas(choice.word, old, old | uint64_t{fingerprint} << choice.shift),
+          1)) {
+    return true;
+  }
+  return insert_directly<Shared, W, B>(view, first, second, fingerprint);
+}
+
 template <int W, int B, class Source>
 inline __attribute__((always_inline)) uint64_t insert_all(const View& view, Source source, size_t n,
                                                           uint8_t* status, bool unique) {
@@ -292,11 +378,6 @@ uint64_t insert_group(const View& view, const Sorted& sorted, uint32_t group, ui
 }
 
 template <int W, int B>
-uint64_t remove_group(const View& view, const Sorted& sorted, uint32_t group, uint8_t* status) {
-  return remove_all<W, B>(view, Entries(sorted, group), sorted.count(group), status);
-}
-
-template <int W, int B>
 uint64_t contains_group(const View& view, const Sorted& sorted, uint32_t group, uint8_t* out) {
   return contains_all<W, B>(view, Entries(sorted, group), sorted.count(group), out);
 }
@@ -308,9 +389,8 @@ void count_group(const View& view, const Sorted& sorted, uint32_t group, uint32_
 
 template <int W, int B>
 constexpr Kernels make_kernels() {
-  return {insert_batch<W, B>, remove_batch<W, B>,   contains_batch<W, B>,
-          count_batch<W, B>,  sort_batch<W, B>,     insert_group<W, B>,
-          remove_group<W, B>, contains_group<W, B>, count_group<W, B>};
+  return {insert_batch<W, B>, remove_batch<W, B>, contains_batch<W, B>, count_batch<W, B>,
+          sort_batch<W, B>,   insert_group<W, B>, contains_group<W, B>, count_group<W, B>};
 }
 
 constexpr LevelKernels make_level() {

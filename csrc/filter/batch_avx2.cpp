@@ -15,8 +15,13 @@ namespace avx2 {
 
 #include "filter/pair_vector.inc.hpp"
 
-// Calls what the one above defines.
+// Calls what the one above defines. No vector is handed to a function that is not inlined.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wpsabi"
+#define PYRT_FILTER_LOCATE_AVX2
 #include "filter/batch.inc.hpp"
+#undef PYRT_FILTER_LOCATE_AVX2
+#pragma GCC diagnostic pop
 
 }  // namespace avx2
 

@@ -21,9 +21,15 @@ inline __attribute__((always_inline)) uint64_t match(const uint64_t* first, cons
 }
 
 template <int W, int B>
-inline __attribute__((always_inline)) bool store(const View& view, uint64_t* first,
-                                                 uint64_t* second, uint32_t fingerprint) {
-  return insert_directly<Shared, W, B>(view, first, second, fingerprint);
+inline __attribute__((always_inline)) Choice choose(uint64_t* first, uint64_t* second) {
+  const bool other = free_slots<Shared, W, B>(second) > free_slots<Shared, W, B>(first);
+  uint64_t* const bucket = other ? second : first;
+  for (int i = 0; i < Shape<W, B>::kWords; ++i) {
+    const uint64_t word = Shared::load(bucket + i);
+    const uint64_t free = zero_lanes<W, B>(word);
+    if (free != 0) return {bucket + i, word, first_lane<W>(free) * W};
+  }
+  return {first, 0, kNoSlot};
 }
 
 template <int W, int B>

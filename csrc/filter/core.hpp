@@ -15,10 +15,17 @@
 // A slot changes as 0 -> f, f -> 0 or f -> g, one compare-and-swap of its word each, so any mixture
 // of calls may run at once. The rules behind "no present key is ever missed":
 //   - A relocation puts the copy into the other bucket first, then bumps the segment's epoch, then
-//     takes the source slot away. A delete bumps before it takes.
+//     takes the source slot away. A delete bumps before it takes, unless it has seen one copy only.
 //   - A lookup reads the epoch, both buckets, and before it says "absent" the epoch again; if that
 //     moved it starts over. All copies of a key can only have changed sides between its two reads
 //     if one was taken away in between, after a bump.
+//   - Why one copy alone may be taken without: say the lookup has passed a bucket, a key of the
+//   same
+//     fingerprint goes in there, and what is left in the other bucket is deleted. The last of these
+//     deletes is of a key that went in behind the lookup, since the key looked up is not deleted;
+//     so from its start to its end there are two copies, its own and the other key's, and it sees
+//     both or, if one has changed sides under it, there was such a bump meanwhile. In an older
+//     generation the other key's copy may be, too: the lookup comes there later.
 //
 // Eviction searches without writing. A path found is executed from its empty end: every key on it
 // has both copies for a moment and none is ever outside the table, so an insert that fails has

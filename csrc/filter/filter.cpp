@@ -330,15 +330,10 @@ uint64_t Filter::remove(const uint64_t* keys, size_t n, uint8_t* status) {
   };
   if (tables_.size() == 1) {
     Table& table = *tables_.front();
-    const uint64_t removed = in_groups(
-        *kernels_, sort_limits_, table, keys, n,
-        [&](size_t at, size_t count) {
-          return kernels_->remove(table.view, keys + at, count, status + at);
-        },
-        [&](const Sorted& sorted, uint32_t group, size_t at) {
-          return kernels_->remove_group(table.view, sorted, group, status + at);
-        },
-        nothing);
+    // Never sorted for: the entries cost more than the lines of the table that they save.
+    const uint64_t removed = in_parallel(n, [&](size_t at, size_t count) {
+      return kernels_->remove(table.view, keys + at, count, status + at);
+    });
     table.occupied.fetch_sub(static_cast<int64_t>(removed), std::memory_order_relaxed);
     return removed;
   }

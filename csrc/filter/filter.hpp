@@ -25,8 +25,8 @@
 // Threads. Every operation may run beside every other, but `grow`, `clear` and what replaces the
 // content wait for running calls and hold new ones back (one atomic per call, not per key).
 // Large batches are cut over the process's thread pool, and for tables that no cache holds sorted
-// by segment first (partition.hpp). After a fork the child may read and write its copy, if no call
-// was running.
+// by segment first, but for deletes (partition.hpp). After a fork the child may read and write its
+// copy, if no call was running.
 //
 // Duplicates. A key may be in up to 2 * slots times, in each generation; one more gives kDupLimit,
 // also where older generations have no room for another reason. Deleting a key that

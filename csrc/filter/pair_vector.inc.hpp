@@ -3,6 +3,9 @@
 //
 // A vector load is atomic by words, which is all it need be: what it finds is a hint, and the
 // compare-and-swap of one word decides.
+//
+// `match` gives the slots that hold a fingerprint as W / 8 bits each, the first bucket's in the
+// lower half.
 template <int W, int B>
 inline __attribute__((always_inline)) uint64_t match(const uint64_t* first, const uint64_t* second,
                                                      uint32_t fingerprint) {
@@ -28,30 +31,21 @@ inline __attribute__((always_inline)) uint64_t match(const uint64_t* first, cons
   }
 }
 
-// Stores a fingerprint without relocating any; false if both buckets are full. Chooses as
-// insert_directly does, without a branch that depends on where there is room.
+// Without a branch: which bucket it is, and where that has room, is chance.
 template <int W, int B>
-inline __attribute__((always_inline)) bool store(const View& view, uint64_t* first,
-                                                 uint64_t* second, uint32_t fingerprint) {
+inline __attribute__((always_inline)) Choice choose(uint64_t* first, uint64_t* second) {
   constexpr int kHalf = W * B / 8;
   constexpr uint64_t kFirst = (uint64_t{1} << kHalf) - 1;
   const uint64_t free = match<W, B>(first, second, 0);
-  if (__builtin_expect(free == 0, 0)) return false;
   const uint64_t in_first = free & kFirst, in_second = free >> kHalf;
-  const int room = __builtin_popcountll(in_first);
-  const bool other = (room < static_cast<int>(view.threshold) * (W / 8)) &
-                     (__builtin_popcountll(in_second) > room);
-  const int byte = __builtin_ctzll(other ? in_second : in_first);
-  uint64_t* const word = (other ? second : first) + byte / 8;
-  const int shift = byte % 8 * 8;
-  uint64_t old = Shared::load(word);
-  // Taken by another thread since, or its word has changed: the long way.
-  if (__builtin_expect((old >> shift & Shape<W, B>::kLaneMask) == 0 &&
-                           Shared::cas(word, old, old | uint64_t{fingerprint} << shift),
-                       1)) {
-    return true;
-  }
-  return insert_directly<Shared, W, B>(view, first, second, fingerprint);
+  // Written so that the compiler makes no jump of it.
+  const uint64_t other =
+      -static_cast<uint64_t>(__builtin_popcountll(in_second) > __builtin_popcountll(in_first));
+  const auto here = reinterpret_cast<uintptr_t>(first), there = reinterpret_cast<uintptr_t>(second);
+  const uint64_t slots = in_first ^ ((in_first ^ in_second) & other);
+  const int byte = static_cast<int>(_tzcnt_u64(slots)) & (kHalf - 1);  // 0 for none
+  auto* const word = reinterpret_cast<uint64_t*>(here ^ ((here ^ there) & other)) + byte / 8;
+  return {word, Shared::load(word), byte % 8 * 8 | static_cast<int>(free == 0) * kNoSlot};
 }
 
 // Takes one copy out of the pair; false if none was seen, or it went to another thread.
@@ -66,6 +60,8 @@ inline __attribute__((always_inline)) bool pull(const View& view, uint64_t segme
   const int shift = byte % 8 * 8;
   uint64_t old = Shared::load(word);
   if (__builtin_expect((old >> shift & Shape<W, B>::kLaneMask) != fingerprint, 0)) return false;
-  Shared::bump(view.epochs + segment);
+  // Alone, it is the copy of the key itself (core.hpp).
+  if (__builtin_expect(__builtin_popcountll(found) != W / 8, 0))
+    Shared::bump(view.epochs + segment);
   return Shared::cas(word, old, old & ~(Shape<W, B>::kLaneMask << shift));
 }

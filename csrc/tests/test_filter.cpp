@@ -316,5 +316,35 @@ TEST(FilterInterleavings, NoKeyIsMissedAndNoCopyIsLostAtAnyStep) {
   EXPECT_GE(steps, 40);
 }
 
+TEST(FilterInterleavings, ADeleteThatLeavesAnotherCopyIsSeenByLookups) {
+  // A key in its second bucket. Its lookup has passed the first when one that collides goes in
+  // there, and a delete of that takes the copy in the second.
+  for (const auto level : {simd::Level::scalar, simd::Level::avx2, simd::Level::avx512}) {
+    if (level > simd::detected()) continue;
+    std::vector<uint64_t> words(4);
+    std::vector<uint32_t> epochs(1);
+    std::vector<uint64_t> counters(kNumCounters);
+    const View view{words.data(), epochs.data(), counters.data(), 1, 3, 4, 3};
+    const Position p = locate<8>(view, 1);
+    uint64_t mirrored = 2;  // with the buckets the other way round
+    for (;; ++mirrored) {
+      const Position q = locate<8>(view, mirrored);
+      if (q.fingerprint == p.fingerprint && q.first == p.second) break;
+    }
+    words[p.second] = p.fingerprint;
+    int calls = 0;
+    Hooked::hook = [&](Step step) {
+      if (step != Step::between_buckets || ++calls > 1) return;
+      words[p.first] = p.fingerprint;
+      uint8_t status = 99;
+      EXPECT_EQ(kernels(level, 8, 8).remove(view, &mirrored, 1, &status), 1u);
+      EXPECT_EQ(words[p.second], 0u);
+    };
+    EXPECT_TRUE((contains<Hooked, 8, 8>(view, p)));
+    Hooked::hook = nullptr;
+    EXPECT_EQ(calls, 1);  // the second time it is in the first bucket
+  }
+}
+
 }  // namespace
 }  // namespace pyruntime::filter
