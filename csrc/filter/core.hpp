@@ -19,13 +19,13 @@
 //   - A lookup reads the epoch, both buckets, and before it says "absent" the epoch again; if that
 //     moved it starts over. All copies of a key can only have changed sides between its two reads
 //     if one was taken away in between, after a bump.
-//   - Why one copy alone may be taken without: say the lookup has passed a bucket, a key of the
-//   same
-//     fingerprint goes in there, and what is left in the other bucket is deleted. The last of these
-//     deletes is of a key that went in behind the lookup, since the key looked up is not deleted;
-//     so from its start to its end there are two copies, its own and the other key's, and it sees
-//     both or, if one has changed sides under it, there was such a bump meanwhile. In an older
-//     generation the other key's copy may be, too: the lookup comes there later.
+//   - Why one copy alone may be taken without, beside a lookup of a key that is present: with the
+//     one it deletes there are two copies all the time, so the delete sees both unless one changed
+//     sides under it, after a bump. Deletes that began after the lookup therefore leave a bump that
+//     it sees. Those that began before it take a copy each at most, fewer than were there when it
+//     read the first bucket, so that what it looks for is in the second unless it moved, after a
+//     bump. This needs that a key is deleted only once its insert has returned. The other copy may
+//     be in an older generation, too: the lookup comes there later.
 //
 // Eviction searches without writing. A path found is executed from its empty end: every key on it
 // has both copies for a moment and none is ever outside the table, so an insert that fails has

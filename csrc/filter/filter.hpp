@@ -29,9 +29,9 @@
 // copy, if no call was running.
 //
 // Duplicates. A key may be in up to 2 * slots times, in each generation; one more gives kDupLimit,
-// also where older generations have no room for another reason. Deleting a key that
-// is not in takes out a key with an equal fingerprint and bucket with the false-positive
-// probability: never do it.
+// also where older generations have no room for another reason. Deleting a key that is not in, or
+// whose insert has not returned, takes out a key with an equal fingerprint and bucket with the
+// false-positive probability: never do it.
 //
 // File. 128 bytes of header and the words as they are in memory (file.cpp, docs/filter_format.md).
 // So a filter may also be a file that is mapped: lookups read its pages, all else is refused.

@@ -340,7 +340,8 @@ class CuckooFilter:
     ) -> int:
         """Take one copy of each key out; `status` says `OK` or `ABSENT`.
 
-        Only delete what is in: otherwise an equal fingerprint, another key's, may go.
+        Only delete what is in, its insert having returned: otherwise an equal fingerprint, another
+        key's, may go.
 
         Parameters
         ----------
