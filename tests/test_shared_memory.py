@@ -1,5 +1,6 @@
 """The KV cache and the experts on one budget: who gives way, and that the text is the same."""
 
+import mmap
 import re
 import subprocess
 import sys
@@ -60,18 +61,14 @@ def budget_for(llm, shared):
     raise AssertionError("no budget is enough")
 
 
-def resident_at(address):
-    """Resident bytes of the mapping at an address."""
-    inside = False
-    with open("/proc/self/smaps") as lines:
-        for line in lines:
-            name, _, rest = line.partition(" ")
-            if "-" in name and not name.endswith(":"):
-                low, high = (int(end, 16) for end in name.split("-"))
-                inside = low <= address < high
-            elif inside and name == "Rss:":
-                return int(rest.split()[0]) << 10
-    raise AssertionError("no such mapping")
+def resident_keys(storage):
+    """Resident bytes of keys and values in one mapping; the kernel may join it with others."""
+    page = mmap.PAGESIZE
+    with open("/proc/self/pagemap", "rb", buffering=0) as pages:
+        pages.seek(storage.keys[0].ctypes.data // page * 8)
+        entries = np.frombuffer(pages.read(storage.nbytes // page * 8), np.uint64)
+    assert len(entries) == storage.nbytes // page
+    return int((entries >> np.uint64(63)).sum()) * page
 
 
 def prompts(tokens, n, length, seed=0):
@@ -112,7 +109,6 @@ def test_experts_give_way_as_the_kv_cache_grows(directory, unlimited):
     before = experts.stats()
     assert before["capacity_bytes"] > shared - KV and memory.reserved_bytes == 0
     seen = []
-    keys = loop.engine.kv.keys[0].ctypes.data
 
     def check():
         stats = experts.stats()
@@ -126,7 +122,7 @@ def test_experts_give_way_as_the_kv_cache_grows(directory, unlimited):
             for block in loop.pool.pool.tables([known.seq], width=known.blocks or 1).ravel()
         }
         assert max(tables, default=-1) < memory.opened[0]
-        seen.append((memory.reserved_bytes, stats["capacity_bytes"], resident_at(keys)))
+        seen.append((memory.reserved_bytes, stats["capacity_bytes"], resident_keys(loop.engine.kv)))
         experts.verify()
         loop.pool.check()
 
@@ -291,14 +287,13 @@ def test_requests_may_have_all_but_the_experts_least(directory, unlimited):
     assert max(seen) == 14 * MIB - least > budget // 4
 
     # A burst does not keep it once others come: their experts get it back.
-    keys = loop.engine.kv.keys[0].ctypes.data
-    assert resident_at(keys) > 11 * MIB
+    assert resident_keys(loop.engine.kv) > 11 * MIB
     again = submits(unlimited, n=2, length=100)
     want = drive(unlimited.loop, again)
     seen.clear()
     assert drive(loop, again, check) == want
     assert max(seen) <= budget // 4
-    assert resident_at(keys) <= budget // 4 + MIB
+    assert resident_keys(loop.engine.kv) <= budget // 4 + MIB
     for layer in experts.store.layers:
         experts.prefetch(layer, range(experts.store.num_experts), bits=8)
     experts.drain()
