@@ -24,11 +24,13 @@ struct Kernels {
   // scores[p] = scale * (q . k_p) for one run of `count` slots, `stride` elements apart.
   void (*dot_run)(const float* q, const float* k, int64_t stride, int64_t count, int64_t d,
                   float scale, float* scores);
+  // The same on halves.
   void (*dot_run_half)(const float* q, const uint16_t* k, int64_t stride, int64_t count, int64_t d,
                        float scale, float* scores);
   // out[d] += sum_p weights[p] * v_p over one run of slots, in the order of p.
   void (*weighted_run)(const float* weights, const float* v, int64_t stride, int64_t count,
                        int64_t d, float* out);
+  // The same on halves.
   void (*weighted_run_half)(const float* weights, const uint16_t* v, int64_t stride, int64_t count,
                             int64_t d, float* out);
   float (*max_of)(const float* x, int64_t count);

@@ -228,3 +228,17 @@ double sum_exp(const float* x, int64_t count, float max_value) {
   }
   return total;
 }
+
+constexpr Kernels kTable = {linear,
+                            rms_norm,
+                            silu_mul,
+                            combine,
+                            dot_run<float>,
+                            dot_run<uint16_t>,
+                            weighted_run<float>,
+                            weighted_run<uint16_t>,
+                            max_of,
+                            exp_sum,
+                            scale_by,
+                            sum_exp,
+                            exp_scaled};

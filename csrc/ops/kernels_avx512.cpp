@@ -19,19 +19,7 @@ namespace {
 #include "ops/kernels.inc.hpp"
 }  // namespace
 
-const Kernels kAvx512Kernels = {linear,
-                                rms_norm,
-                                silu_mul,
-                                combine,
-                                dot_run<float>,
-                                dot_run<uint16_t>,
-                                weighted_run<float>,
-                                weighted_run<uint16_t>,
-                                max_of,
-                                exp_sum,
-                                scale_by,
-                                sum_exp,
-                                exp_scaled};
+const Kernels kAvx512Kernels = kTable;
 
 }  // namespace pyruntime::ops
 

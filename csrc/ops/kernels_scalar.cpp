@@ -8,18 +8,6 @@ namespace {
 #include "ops/kernels.inc.hpp"
 }  // namespace
 
-const Kernels kScalarKernels = {linear,
-                                rms_norm,
-                                silu_mul,
-                                combine,
-                                dot_run<float>,
-                                dot_run<uint16_t>,
-                                weighted_run<float>,
-                                weighted_run<uint16_t>,
-                                max_of,
-                                exp_sum,
-                                scale_by,
-                                sum_exp,
-                                exp_scaled};
+const Kernels kScalarKernels = kTable;
 
 }  // namespace pyruntime::ops

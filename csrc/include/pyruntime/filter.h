@@ -85,7 +85,8 @@ PYRT_API pyrt_status pyrt_filter_count(const pyrt_filter* filter, const uint64_t
                                        uint32_t* out) PYRT_NOEXCEPT;
 
 /* Takes one copy of each of keys[n] out. status[n] (or NULL): PYRT_FILTER_OK or _EXISTS (it was not
- * there); *removed (or NULL): how many OK. Only for keys that are in: another may go instead. */
+ * there); *removed (or NULL): how many OK. Only for keys that are in, their insert having returned:
+ * another may go instead. */
 PYRT_API pyrt_status pyrt_filter_remove(pyrt_filter* filter, const uint64_t* keys, uint64_t n,
                                         uint8_t* status, uint64_t* removed) PYRT_NOEXCEPT;
 
